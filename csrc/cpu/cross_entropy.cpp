@@ -1,0 +1,80 @@
+// Cross-entropy over rows of logits. Forward keeps only the logsumexp of a row; backward recomputes the softmax from
+// it, so that nothing of the logits' size is stored in between.
+#include <cmath>
+
+#include "vec.h"
+
+namespace openllama::cpu::CPU_ARCH {
+namespace {
+
+// Lanes, because a plain running maximum has to keep NaN's place and the compiler then leaves it scalar.
+template <class T>
+float maximum(const T* logits, int64_t vocab) {
+  constexpr int64_t kLanes = 64;
+  float lanes[kLanes];
+  for (int64_t k = 0; k < kLanes; ++k) lanes[k] = to_float(logits[k < vocab ? k : 0]);
+  int64_t c = kLanes;
+  for (; c + kLanes <= vocab; c += kLanes)
+    for (int64_t k = 0; k < kLanes; ++k) {
+      const float v = to_float(logits[c + k]);
+      lanes[k] = v > lanes[k] ? v : lanes[k];
+    }
+  float top = lanes[0];
+  for (int64_t k = 1; k < kLanes; ++k) top = lanes[k] > top ? lanes[k] : top;
+  for (; c < vocab; ++c) top = to_float(logits[c]) > top ? to_float(logits[c]) : top;
+  return top;
+}
+
+template <class T>
+float logsumexp(const T* logits, int64_t vocab) {
+  float top = maximum(logits, vocab);
+  if (std::isinf(top)) top = top > 0 ? 0.0f : top;  // +inf: let exp overflow to inf, as it should
+  if (std::isinf(top)) return top;                  // all -inf
+  float sum = 0;
+  for (int64_t c = 0; c < vocab; ++c) sum += exp(to_float(logits[c]) - top);
+  return top + std::log(sum);
+}
+
+}  // namespace
+
+// Returns the first row whose label is neither ignored nor in the vocabulary, or -1.
+int64_t cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
+  int64_t bad = -1;
+  with_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t label = a.labels[i];
+      a.loss[i] = a.lse[i] = 0;
+      if (label == a.ignore_index) continue;
+      if (label < 0 || label >= a.vocab) {
+        bad = i;
+        return;
+      }
+      const T* logits = row<T>(a.logits, i, a.logits_stride);
+      a.lse[i] = logsumexp(logits, a.vocab);
+      a.loss[i] = a.lse[i] - to_float(logits[label]);
+    }
+  });
+  return bad;
+}
+
+void cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    for (int64_t i = begin; i < end; ++i) {
+      T* dlogits = row<T>(a.dlogits, i, a.vocab);
+      const int64_t label = a.labels[i];
+      if (label == a.ignore_index) {
+        for (int64_t c = 0; c < a.vocab; ++c) dlogits[c] = from_float<T>(0.0f);
+        continue;
+      }
+      const T* logits = row<T>(a.logits, i, a.logits_stride);
+      const float lse = a.lse[i], scale = a.dloss[i];
+      for (int64_t c = 0; c < a.vocab; ++c)
+        dlogits[c] = from_float<T>(exp(to_float(logits[c]) - lse) * scale);
+      dlogits[label] = from_float<T>((exp(to_float(logits[label]) - lse) - 1.0f) * scale);
+    }
+  });
+}
+
+}  // namespace openllama::cpu::CPU_ARCH

@@ -1,0 +1,117 @@
+"""One AdamW step over a list of tensors, in one pass over memory.
+
+    m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2
+    w = w (1 - lr decay) - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019. bf16 weights have an fp32 master: the step is taken
+there and rounded into the weight, or steps smaller than a bf16 ulp would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import backend as backends
+from . import checks, library
+
+
+def adamw(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    masters: Sequence[torch.Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    backend: str | None = None,
+) -> None:
+    """Updates params, exp_avgs, exp_avg_sqs (and masters) in place. All on one device.
+
+    Args:
+        params: contiguous, all of one dtype: fp32 or bf16.
+        grads: params' shapes; fp32 or bf16.
+        exp_avgs, exp_avg_sqs: fp32, params' shapes.
+        masters: fp32 masters of bf16 params, or empty when the params are fp32.
+        step: t, from 1.
+        grad_scale: multiplies each gradient as it is read (gradient clipping without a pass of its own).
+        backend: `cpu`, `reference`; None chooses.
+
+    Raises:
+        TypeError, ValueError: lists that don't match, a non-finite hyper-parameter; before anything is written.
+    """
+    if not params:
+        return
+    _check(params, grads, exp_avgs, exp_avg_sqs, masters)
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("grad_scale", grad_scale)):
+        checks.in_range(name, value, 0, 3e38, "a finite number of at least 0")
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        checks.in_range(name, value, 0, 1 - 1e-12, "a number from 0 up to, but not, 1")
+    checks.in_range("step", step, 1, 2**53, "a whole number from 1 on")
+    numbers = (lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+    if backends.choose("adamw", params[0], backend) == "reference":
+        adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters, *numbers)
+        return
+    grads = [g.contiguous() for g in grads]
+    torch.ops.openllama.adamw_(params, grads, exp_avgs, exp_avg_sqs, masters, *numbers)
+
+
+def _check(params, grads, exp_avgs, exp_avg_sqs, masters) -> None:
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    needs_masters = params[0].dtype not in (torch.float32, torch.float64)
+    if needs_masters or masters:
+        lists["masters"] = masters
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"{name}: got {len(tensors)} tensors, takes one for each of {len(params)} params"
+            )
+        for i, (t, p) in enumerate(zip(tensors, params)):
+            checks.has_shape(f"{name}[{i}]", t, p.shape, f"params[{i}]'s shape")
+            checks.same_device(f"{name}[{i}]", t, params[0].device, "params[0]")
+            if name != "grads" and p.dtype != torch.float64:
+                checks.same_dtype(f"{name}[{i}]", t, torch.float32, "the optimizer state")
+            if name != "grads" and not t.is_contiguous():
+                raise ValueError(f"{name}[{i}]: got strides {t.stride()}, takes a contiguous tensor")
+    for i, p in enumerate(params):
+        checks.is_float(f"params[{i}]", p)
+        checks.is_float(f"grads[{i}]", grads[i])
+        checks.same_dtype(f"params[{i}]", p, params[0].dtype, "params[0]")
+        checks.same_device(f"params[{i}]", p, params[0].device, "params[0]")
+        if not p.is_contiguous():
+            raise ValueError(f"params[{i}]: got strides {p.stride()}, takes a contiguous tensor")
+
+
+@library.fake("adamw_")
+def _(
+    params, grads, exp_avgs, exp_avg_sqs, masters, lr, beta1, beta2, eps, weight_decay, step, grad_scale
+) -> None:
+    return None
+
+
+@torch.no_grad()
+def adamw_reference(
+    params, grads, exp_avgs, exp_avg_sqs, masters, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0
+) -> None:
+    """The definition, as a few multi-tensor (foreach) passes: what runs on a GPU until its kernel is there."""
+    weights = list(masters) or list(params)
+    scaled = [g.to(m.dtype) for g, m in zip(grads, exp_avgs)]
+    if grad_scale != 1.0:
+        scaled = torch._foreach_mul(scaled, grad_scale)
+    torch._foreach_lerp_(exp_avgs, scaled, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, scaled, scaled, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    torch._foreach_addcdiv_(weights, exp_avgs, denominators, -lr / (1 - beta1**step))
+    if masters:
+        torch._foreach_copy_(list(params), weights)

@@ -1,0 +1,145 @@
+"""Scaled dot-product attention, dense or over packed documents.
+
+    out = softmax(q k^T * scale + mask) v
+
+Vaswani et al., 2017; grouped-query attention (Ainslie et al., 2023) when k and v have fewer heads. PyTorch's fused
+kernels do the work for now: SDPA for dense batches and, document by document, for packs on the CPU; its varlen kernel
+for packs on a GPU.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+
+from . import backend as backends
+from . import checks
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch built without it
+    varlen_attn = None
+
+# torch before 2.12 takes fewer key-value heads without being told.
+_VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention of q over k and v.
+
+    Args:
+        q: dense (batch, seq, heads, head_dim), or packed (tokens, heads, head_dim) with cu_seqlens.
+        k, v: like q, with kv_heads heads, a divisor of heads. Slices of one packed QKV are read as they are.
+        cu_seqlens: (documents + 1) int32, from 0 to tokens, not falling: where each document starts. Empty documents
+            are allowed. A token sees only its own document.
+        max_seqlen: the longest document, needed with cu_seqlens.
+        causal: a token sees itself and what is before it.
+        scale: of the scores; None: head_dim ** -0.5.
+        backend: `torch`, `reference`; None chooses.
+
+    Returns:
+        q's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device. The values of cu_seqlens are checked on the CPU only.
+    """
+    _check(q, k, v, cu_seqlens, max_seqlen)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backends.choose("attention", q, backend) == "reference":
+        return attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale)
+    if cu_seqlens is None:
+        return _sdpa(q, k, v, causal, scale)
+    if q.numel() == 0:
+        return q * 1  # nothing to attend to, but still part of the graph
+    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    return _per_document(q, k, v, cu_seqlens, causal, scale)
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, heads, seq, head_dim)
+    gqa = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2)
+
+
+def _varlen(q, k, v, cu_seqlens, max_seqlen, causal: bool, scale: float) -> torch.Tensor:
+    options = {"enable_gqa": q.shape[1] != k.shape[1]} if _VARLEN_GQA else {}
+    window = (-1, 0) if causal else (-1, -1)
+    return varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **options
+    )
+
+
+def _per_document(q, k, v, cu_seqlens, causal: bool, scale: float) -> torch.Tensor:
+    lengths = cu_seqlens.diff().tolist()
+    pieces = zip(*(t.split(lengths) for t in (q, k, v)))
+    return torch.cat(
+        [_sdpa(*(t[None] for t in piece), causal, scale)[0] for piece in pieces if len(piece[0])]
+    )
+
+
+def _check(q, k, v, cu_seqlens, max_seqlen) -> None:
+    checks.is_float("q", q)
+    dims = 4 if cu_seqlens is None else 3
+    if q.dim() != dims:
+        takes = "(batch, seq, heads, head_dim)" if dims == 4 else "(tokens, heads, head_dim) with cu_seqlens"
+        raise ValueError(f"q: got shape {tuple(q.shape)}, takes {takes}")
+    for name, t in (("k", k), ("v", v)):
+        checks.same_dtype(name, t, q.dtype, "q")
+        checks.same_device(name, t, q.device, "q")
+        expected = (*q.shape[:-2], k.shape[-2], q.shape[-1]) if t.dim() == dims else q.shape
+        checks.has_shape(name, t, expected, "q's shape with kv_heads heads")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"k: got {k.shape[-2]} heads, takes a divisor of q's {q.shape[-2]}")
+    if cu_seqlens is None:
+        return
+    checks.same_dtype("cu_seqlens", cu_seqlens, torch.int32, "the document borders")
+    checks.same_device("cu_seqlens", cu_seqlens, q.device, "q")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, takes (documents + 1,)")
+    if not isinstance(max_seqlen, int):
+        raise TypeError(
+            f"max_seqlen: got {max_seqlen!r}, takes the length of the longest document with cu_seqlens"
+        )
+    if not cu_seqlens.is_cuda and not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
+        borders = cu_seqlens.tolist()
+        if borders[0] != 0 or borders[-1] != len(q) or borders != sorted(borders):
+            raise ValueError(
+                f"cu_seqlens: got {borders[:8]}..{borders[-1]}, takes 0 to q's {len(q)} tokens, not falling"
+            )
+
+
+def attention_reference(
+    q, k, v, cu_seqlens=None, *, causal: bool = True, scale: float | None = None
+) -> torch.Tensor:
+    """The definition, with an explicit mask, in fp32 (fp64 for fp64 inputs)."""
+    if cu_seqlens is not None:
+        q, k, v = (t[None] for t in (q, k, v))
+    seq, heads = q.shape[1], q.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    qw = q.to(wide).transpose(1, 2)
+    kw, vw = (t.to(wide).transpose(1, 2).repeat_interleave(heads // t.shape[2], dim=1) for t in (k, v))
+    allowed = torch.ones(seq, seq, dtype=torch.bool, device=q.device)
+    if causal:
+        allowed = allowed.tril()
+    if cu_seqlens is not None:
+        index = torch.arange(seq, device=q.device, dtype=torch.int32)
+        document = torch.bucketize(index, cu_seqlens[1:], right=True)
+        allowed = allowed & (document[:, None] == document[None, :])
+    scores = (qw @ kw.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
+    out = (scores.softmax(-1) @ vw).transpose(1, 2).to(q.dtype)
+    return out if cu_seqlens is None else out[0]

@@ -1,0 +1,99 @@
+"""The one table that chooses a backend for an op, by device, dtype and shape.
+
+`cuda`, `triton` and `cpu` are our kernels; `torch` is a fused kernel that PyTorch ships; `reference` is plain PyTorch
+and the definition of the op. A caller forces one with `backend=`, a user for all ops with OPENLLAMA_BACKEND (read at
+import). A forced backend that can't run raises and says why.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from . import library
+
+#: Forces one backend for every op that takes it; None: the table decides.
+FORCED = os.environ.get("OPENLLAMA_BACKEND") or None
+
+#: Backends of each op, the preferred one first.
+TABLE: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("cuda", "cpu", "reference"),
+    "rotary": ("cpu", "reference"),
+    "swiglu": ("cpu", "reference"),
+    "cross_entropy": ("cpu", "reference"),
+    "adamw": ("cpu", "reference"),
+    "attention": ("torch", "reference"),
+}
+
+NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+
+_KERNEL_DTYPES = {
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cpu": (torch.float32, torch.bfloat16),
+}
+
+# The CUDA backward keeps dweight in 4 bytes a column of shared memory: 64 KiB, which every card from sm_80 on has.
+_MAX_CUDA_HIDDEN = 16_384
+
+if FORCED is not None and FORCED not in NAMES:
+    raise ValueError(f"OPENLLAMA_BACKEND: got {FORCED!r}, takes one of {', '.join(NAMES)}")
+
+
+class Choice(NamedTuple):
+    """The backend an op uses, and for each better one why not."""
+
+    backend: str
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hidden: int = 0) -> str:
+    """The reason why `backend` can't run `op` on such tensors; empty when it can."""
+    if backend not in TABLE[op]:
+        return f"{op} has no {backend} kernel yet"
+    if backend in ("torch", "reference"):
+        return ""
+    if library.missing:
+        return library.missing
+    if device.type != backend:
+        return f"the tensors are on {device.type}"
+    if backend == "cuda" and not library.has_cuda:
+        return "the library was built without CUDA (no nvcc)"
+    if dtype not in _KERNEL_DTYPES[backend]:
+        return f"no {dtype} kernel"
+    if backend == "cuda" and hidden > _MAX_CUDA_HIDDEN:
+        return f"hidden={hidden} is over {_MAX_CUDA_HIDDEN}"
+    return ""
+
+
+def explain(op: str, device: torch.device, dtype: torch.dtype, hidden: int = 0) -> Choice:
+    """What `op` uses on such tensors when nothing is forced, and why not something better."""
+    passed_over = []
+    for backend in TABLE[op]:
+        reason = why_not(op, backend, device, dtype, hidden)
+        if not reason:
+            return Choice(backend, tuple(passed_over))
+        passed_over.append((backend, reason))
+    raise AssertionError(f"{op} has no reference")
+
+
+def choose(op: str, x: torch.Tensor, backend: str | None, hidden: int = 0) -> str:
+    """The backend for `op` on tensors like `x`; `backend` is the caller's, None to decide here.
+
+    Raises ValueError where a forced backend can't run.
+    """
+    if backend is None and FORCED is not None and FORCED in TABLE[op]:
+        backend = FORCED
+    if backend is None:
+        for name in TABLE[op]:
+            if not why_not(op, name, x.device, x.dtype, hidden):
+                return name
+    if backend not in NAMES:
+        raise ValueError(f"backend: got {backend!r}, takes one of {', '.join(NAMES)} or None")
+    reason = why_not(op, backend, x.device, x.dtype, hidden)
+    if reason:
+        raise ValueError(
+            f"backend: {op} can't run on {backend!r} here: {reason}; takes None to choose one that can"
+        )
+    return backend

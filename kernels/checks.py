@@ -1,0 +1,49 @@
+"""Checks of arguments: each names the argument, what it got and what it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_float(name: str, t: torch.Tensor) -> None:
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name}: got {type(t).__name__}, takes a tensor")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {t.dtype}, takes float32, bfloat16, float16 or float64")
+
+
+def is_integer(name: str, t: torch.Tensor) -> None:
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: got {t.dtype}, takes int32 or int64")
+
+
+def has_shape(name: str, t: torch.Tensor, shape: Sequence[int], meaning: str) -> None:
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}, takes {tuple(shape)} ({meaning})")
+
+
+def same_dtype(name: str, t: torch.Tensor, dtype: torch.dtype, partner: str) -> None:
+    if t.dtype != dtype:
+        raise TypeError(f"{name}: got {t.dtype}, takes {partner}'s {dtype}")
+
+
+def same_device(name: str, t: torch.Tensor, device: torch.device, partner: str) -> None:
+    if t.device != device:
+        raise ValueError(f"{name}: got a tensor on {t.device}, takes {partner}'s {device}")
+
+
+def in_range(name: str, value: float, low: float, high: float, meaning: str) -> None:
+    """low <= value <= high, and finite."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name}: got {value!r}, takes {meaning}")
+
+
+def rows(t: torch.Tensor, columns: int) -> torch.Tensor:
+    """`t` as (rows, columns) with contiguous rows: a view where that is possible, else a copy."""
+    flat = t.reshape(-1, columns) if columns else t.reshape(0, 0)
+    return flat if columns <= 1 or flat.stride(-1) == 1 else flat.contiguous()

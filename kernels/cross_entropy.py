@@ -1,0 +1,110 @@
+"""Cross-entropy of logits against labels.
+
+    loss = logsumexp(logits) - logits[label]
+    dlogits = (softmax(logits) - onehot(label)) * dloss
+
+Forward keeps one fp32 number a row (the logsumexp) beside the logits; PyTorch keeps the log-softmax, a second tensor of
+the logits' size. All arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import backend as backends
+from . import checks, library
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Cross-entropy in nats.
+
+    Args:
+        logits: (..., vocab), fp32, bf16, fp16 or fp64.
+        labels: (...), int64 or int32: ids below vocab, or ignore_index.
+        ignore_index: rows with this label give loss 0 and gradient 0, and don't count in the mean.
+        reduction: `none`: a loss for each row; `sum`; `mean`: the sum over the number of rows that count (0 where
+            none does, as an empty batch has no error to learn from; PyTorch gives NaN).
+        backend: `cpu`, `reference`; None chooses.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 logits): labels' shape for `none`, else a scalar.
+
+    Saves the logits and their logsumexp for backward.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or reduction. RuntimeError, naming the row: a label beyond
+        the vocabulary (on the CPU; a GPU stops with a device assert).
+    """
+    _check(logits, labels, reduction)
+    if backends.choose("cross_entropy", logits, backend) == "reference":
+        losses = cross_entropy_reference(logits, labels, ignore_index)
+    else:
+        losses = _CrossEntropy.apply(logits, labels, ignore_index)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.sum() / (labels != ignore_index).sum().clamp(min=1)
+
+
+def _check(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> None:
+    checks.is_float("logits", logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"logits: got shape {tuple(logits.shape)}, takes (..., vocab) with vocab of at least 1"
+        )
+    checks.is_integer("labels", labels)
+    checks.has_shape("labels", labels, logits.shape[:-1], "logits' shape without the vocabulary")
+    checks.same_device("labels", labels, logits.device, "logits")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, takes one of {', '.join(REDUCTIONS)}")
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        flat = checks.rows(logits, logits.shape[-1])
+        flat_labels = labels.reshape(-1).to(torch.int64).contiguous()
+        loss, lse = torch.ops.openllama.cross_entropy_fwd(flat, flat_labels, ignore_index)
+        ctx.save_for_backward(flat, flat_labels, lse)
+        ctx.ignore_index, ctx.shape = ignore_index, logits.shape
+        return loss.view(labels.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat, labels, lse = ctx.saved_tensors
+        dloss = dloss.reshape(-1).contiguous()
+        dlogits = torch.ops.openllama.cross_entropy_bwd(dloss, flat, labels, lse, ctx.ignore_index)
+        return dlogits.view(ctx.shape), None, None
+
+
+@library.fake("cross_entropy_fwd")
+def _(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = (logits.shape[0],)
+    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
+
+
+@library.fake("cross_entropy_bwd")
+def _(dloss, logits: torch.Tensor, labels, lse, ignore_index: int) -> torch.Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def cross_entropy_reference(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100
+) -> torch.Tensor:
+    """The definition, a loss for each row, in fp32 (fp64 for fp64 logits)."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    flat, flat_labels = wide.reshape(-1, wide.shape[-1]), labels.reshape(-1).long()
+    loss = torch.nn.functional.cross_entropy(flat, flat_labels, ignore_index=ignore_index, reduction="none")
+    return loss.view(labels.shape)

@@ -1,0 +1,152 @@
+"""Rotary position embedding: the pair (x[i], x[i + d/2]) of a head turns by position * theta^(-2i/d).
+
+    out[i]       = x[i] cos - x[i + d/2] sin
+    out[i + d/2] = x[i + d/2] cos + x[i] sin
+
+Su et al., "RoFormer", 2021, in the half-split layout of HuggingFace's Llama. It works on a packed QKV activation: q and
+k heads turn, v heads are left alone, so that a projection's output is never taken apart. The gradient is the turn by
+the opposite angle; nothing but the positions is kept for it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from . import backend as backends
+from . import checks, library
+
+
+def rotary(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    rotated: int | None = None,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Turns the first `rotated` heads of `x` by their position's angles.
+
+    Args:
+        x: (tokens, heads, head_dim), fp32, bf16, fp16 or fp64; a slice of a wider row is read without a copy.
+        cos, sin: (positions, head_dim / 2), fp32, from `rotary_tables`.
+        positions: (tokens), int32 or int64, each below the tables' rows.
+        rotated: how many heads turn, the first ones; None: all. The others are passed through.
+        inplace: write into x (its values before are lost, so do this to a fresh projection only).
+        backend: `cpu`, `reference`; None chooses.
+
+    Returns:
+        x's shape and dtype; x itself when inplace.
+
+    Saves the positions and tables for backward.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or count. RuntimeError: a position outside the tables
+        (checked where the tensors are on the CPU).
+    """
+    rotated = _check(x, cos, sin, positions, rotated)
+    dense = x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+    if backends.choose("rotary", x, backend) == "reference":
+        out = rotary_reference(x, cos, sin, positions, rotated)
+        return x.copy_(out) if inplace else out
+    if inplace and not dense:
+        raise ValueError(f"x: got strides {x.stride()}, takes heads that lie side by side when inplace")
+    x = x if dense else x.contiguous()
+    return _Rotary.apply(x, cos, sin, positions.to(torch.int32), rotated, inplace)
+
+
+def rotary_tables(
+    head_dim: int,
+    max_positions: int,
+    theta: float = 10000.0,
+    scaling: dict[str, Any] | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each (max_positions, head_dim / 2), fp32: bf16 could not tell position 257 from 258.
+
+    `scaling` is HuggingFace's dictionary: `rope_type` `linear` or `llama3` (with its factors), None for none.
+    Computed in fp32 in HuggingFace's order of operations, so that checkpoints trained there see the same angles.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
+    frequencies = _scale(1.0 / theta**exponent, scaling)
+    angles = torch.arange(max_positions, device=device).float()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _scale(frequencies: torch.Tensor, scaling: dict[str, Any] | None) -> torch.Tensor:
+    kind = (scaling or {}).get("rope_type", "default")
+    if scaling is None or kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling: got rope_type {kind!r}, takes 'default', 'linear' or 'llama3'")
+    # Meta's rule for Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, a smooth blend between.
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * frequencies / scaling["factor"] + blend * frequencies
+
+
+def _check(x, cos, sin, positions, rotated: int | None) -> int:
+    checks.is_float("x", x)
+    if x.dim() != 3 or x.shape[2] % 2:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, takes (tokens, heads, head_dim) with an even head_dim"
+        )
+    for name, table in (("cos", cos), ("sin", sin)):
+        checks.same_dtype(name, table, torch.float32, "the tables")
+        checks.has_shape(name, table, (cos.shape[0], x.shape[2] // 2), "positions, head_dim / 2")
+        checks.same_device(name, table, x.device, "x")
+    checks.is_integer("positions", positions)
+    checks.has_shape("positions", positions, (x.shape[0],), "tokens")
+    checks.same_device("positions", positions, x.device, "x")
+    rotated = x.shape[1] if rotated is None else rotated
+    if not 0 <= rotated <= x.shape[1]:
+        raise ValueError(f"rotated: got {rotated}, takes 0 to x's {x.shape[1]} heads")
+    return rotated
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, cos, sin, positions, rotated: int, inplace: bool) -> torch.Tensor:
+        cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.rotated = rotated
+        if not inplace:
+            return torch.ops.openllama.rotary(x, cos, sin, positions, rotated, False)
+        torch.ops.openllama.rotary_(x, cos, sin, positions, rotated, False)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin, positions = ctx.saved_tensors
+        dx = torch.ops.openllama.rotary(dout.contiguous(), cos, sin, positions, ctx.rotated, True)
+        return dx, None, None, None, None, None
+
+
+@library.fake("rotary")
+def _(x: torch.Tensor, cos, sin, positions, rotated: int, inverse: bool) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@library.fake("rotary_")
+def _(x: torch.Tensor, cos, sin, positions, rotated: int, inverse: bool) -> None:
+    return None
+
+
+def rotary_reference(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, rotated: int | None = None
+) -> torch.Tensor:
+    """The definition, in fp32 (fp64 for fp64 inputs)."""
+    rotated = x.shape[1] if rotated is None else rotated
+    wide = x[:, :rotated].double() if x.dtype == torch.float64 else x[:, :rotated].float()
+    first, second = wide.chunk(2, dim=-1)  # (tokens, rotated, head_dim / 2)
+    c, s = cos[positions][:, None], sin[positions][:, None]
+    turned = torch.cat([first * c - second * s, second * c + first * s], dim=-1).to(x.dtype)
+    return torch.cat([turned, x[:, rotated:]], dim=1)

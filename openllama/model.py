@@ -1,0 +1,215 @@
+"""A compact Llama on our ops: pre-norm blocks, fused QKV and gate-up projections, rotary, SwiGLU, GQA.
+
+Touvron et al., "LLaMA", 2023; the stable embedding (a LayerNorm right after the embedding) and the tied head are
+options, as in Open-Llama. The model works on a flat row of tokens, so that packed documents need no padding; a dense
+(batch, seq) input is flattened on the way in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from openllama.config import ModelConfig
+from openllama.ops import attention, cross_entropy, rms_norm, rotary, rotary_tables, swiglu
+
+
+class RMSNorm(nn.Module):
+    """The weight of one norm; the arithmetic is `ops.rms_norm`."""
+
+    def __init__(self, hidden: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        return rms_norm(x, self.weight, self.eps, residual)
+
+
+class Context:
+    """What all layers share in one forward: positions, rotary tables and document borders."""
+
+    def __init__(self, positions, cos, sin, cu_seqlens, max_seqlen, dense_shape):
+        self.positions, self.cos, self.sin = positions, cos, sin
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.dense_shape = dense_shape  # (batch, seq), or None for packed documents
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.wqkv = nn.Linear(config.hidden, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.heads * self.head_dim, config.hidden, bias=False)
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        qkv = self.wqkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        # In place is safe: qkv is a fresh product, and backward needs its angles only.
+        qkv = rotary(
+            qkv, context.cos, context.sin, context.positions, self.heads + self.kv_heads, inplace=True
+        )
+        if context.dense_shape is not None:
+            qkv = qkv.view(*context.dense_shape, *qkv.shape[1:])
+        # split, not slices: its backward writes the three gradients into one packed tensor
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        out = attention(q, k, v, context.cu_seqlens, context.max_seqlen)
+        return self.wo(out.reshape(len(x), self.heads * self.head_dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w_gate_up = nn.Linear(config.hidden, 2 * config.intermediate, bias=False)
+        self.w_down = nn.Linear(config.intermediate, config.hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w_down(swiglu(self.w_gate_up(x)))
+
+
+class Layer(nn.Module):
+    """One block. It takes the residual stream and the branch not yet added to it, so that the add rides in the norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, branch: torch.Tensor, residual: torch.Tensor | None, context: Context):
+        if residual is None:  # the first layer: nothing to add yet
+            residual = branch
+            y = self.attention_norm(branch)
+        else:
+            y, residual = self.attention_norm(branch, residual)
+        y, residual = self.mlp_norm(self.attention(y, context), residual)
+        return self.mlp(y), residual
+
+
+class Llama(nn.Module):
+    """The model. `forward` gives logits; `loss` gives the summed cross-entropy that training uses."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden)
+        self.embed_norm = nn.LayerNorm(config.hidden, config.norm_eps) if config.stable_embedding else None
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.norm_eps)
+        self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def initialise(self, seed: int = 0) -> Llama:
+        """Matrices from normal(0, init_std), norms to 1, biases to 0. The same weights on every device and dtype."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() >= 2:
+                values = torch.empty(parameter.shape).normal_(0, self.config.init_std, generator=generator)
+                parameter.copy_(values)
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, nn.LayerNorm)):
+                nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
+        return self
+
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary cos and sin on `device`, fp32 whatever the model's dtype is (so no buffers: `.to(bf16)` casts those)."""
+        if self._tables is None or self._tables[0].device != device:
+            c = self.config
+            self._tables = rotary_tables(c.head_dim, c.max_positions, c.rope_theta, c.rope_scaling, device)
+        return self._tables
+
+    def hidden_states(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> torch.Tensor:
+        """The final norm's output, (tokens, hidden). Arguments as in `forward`."""
+        context = self._context(ids, positions, cu_seqlens, max_seqlen)
+        x = self.embed(ids.reshape(-1))
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        residual = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, context)
+        return self.norm(x, residual)[0]
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits, or the loss when labels are given.
+
+        Args:
+            ids: (batch, seq), each row a document; or (tokens,) with cu_seqlens, packed documents.
+            positions: (tokens,) int32, each token's place in its document; None: counted from each row's start
+                (needed with cu_seqlens).
+            cu_seqlens: (documents + 1) int32 borders of packed documents.
+            max_seqlen: the longest document's length, with cu_seqlens.
+            labels: ids' shape: the next token of each, -100 where none counts.
+
+        Returns:
+            Logits of ids' shape + (vocab,); with labels the summed cross-entropy in nats, fp32: divide it by the
+            number of labels that count.
+
+        Raises:
+            ValueError: an id beyond the vocabulary (on the CPU), an input longer than max_positions.
+        """
+        logits = self.head(self.hidden_states(ids, positions, cu_seqlens, max_seqlen))
+        if labels is None:
+            return logits.view(*ids.shape, -1)
+        return cross_entropy(logits, labels.reshape(-1), reduction="sum")
+
+    def _context(self, ids, positions, cu_seqlens, max_seqlen) -> Context:
+        _check_ids(ids, self.config.vocab_size)
+        dense_shape = None
+        if cu_seqlens is None:
+            if ids.dim() != 2:
+                raise ValueError(f"ids: got shape {tuple(ids.shape)}, takes (batch, seq), or (tokens,) with cu_seqlens")
+            batch, seq = dense_shape = tuple(ids.shape)
+            max_seqlen = seq
+            if positions is None:
+                positions = torch.arange(seq, dtype=torch.int32, device=ids.device).repeat(batch)
+        elif positions is None or max_seqlen is None:
+            raise ValueError("positions and max_seqlen: got None, takes both with cu_seqlens")
+        if max_seqlen > self.config.max_positions:
+            raise ValueError(
+                f"ids: a document of {max_seqlen} tokens, takes at most max_positions={self.config.max_positions}"
+            )
+        cos, sin = self.tables(ids.device)
+        return Context(positions.reshape(-1), cos, sin, cu_seqlens, max_seqlen, dense_shape)
+
+
+def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids: got {ids.dtype}, takes int32 or int64")
+    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"ids: got {low if low < 0 else high}, takes 0 to {vocab_size - 1} (the model's vocabulary)")
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the model, each counted once (a tied head is the embedding)."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters())
+
+
+def flops_per_token(config: ModelConfig, seq: float) -> float:
+    """Model FLOPs of one trained token: 6 for each parameter that multiplies, and causal attention over `seq` tokens.
+
+    Attention's two products cost 2 * 2 * heads * head_dim * seq / 2 forward (a token sees half of them on average) and
+    twice that backward. For packed documents `seq` is sum(len^2) / sum(len).
+    """
+    multiplying = parameter_count(config) - config.vocab_size * config.hidden * (not config.tied)
+    return 6.0 * multiplying + 6.0 * config.layers * config.heads * config.head_dim * seq

@@ -1,0 +1,163 @@
+import errno
+import os
+import random
+import unicodedata
+
+import pytest
+import sentencepiece
+
+from openllama import tokenizer
+from openllama.tokenizer import Tokenizer, bytes_per_token, train
+
+STRINGS = [
+    "",
+    " ",
+    "  leading and trailing  ",
+    "runs    of     spaces",
+    "\ttab\t\ttabs\n\t\tindented",
+    "\n",
+    "\n\n\n",
+    "line\n    four spaces\r\n        eight\r",
+    "中文分词，没有空格。",
+    "日本語のテキスト、カタカナ",
+    "emoji 😀👍🏽👨‍👩‍👧 🇯🇵",
+    "NUL \0 inside\0",
+    "the mark \u2581 itself \u2581\u2581\n\u2581",
+    "\u4e2d\u2581\u6587",
+    "the unknown mark \u2585 and \u2047",
+    "<s></s><unk><pad><0x0A><0xE2><0x96><0x81>",
+    "\ufeffBOM \u2028 \u2029 \x85 \u200b \xa0 \ufffd \ufdd0 \U0010ffff",
+    "e\u0301 \u00e9 ﬁ ① Ａ",  # nothing is normalised
+    "a" * 20_000,
+]
+
+
+@pytest.mark.parametrize("text", STRINGS, ids=range(len(STRINGS)))
+def test_round_trip(small, text):
+    ids = small.encode(text)
+    assert small.decode(ids) == text
+    assert not {small.bos_id, small.eos_id, small.pad_id, 0} & {*ids}
+
+
+def test_round_trip_of_source_files(small, texts):
+    assert all(small.decode(small.encode(t)) == t for t in texts)
+
+
+def test_round_trip_of_every_character(small):
+    alphabet = [
+        chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000 and unicodedata.category(chr(i)) != "Cn"
+    ]
+    for start in range(0, len(alphabet), 997):
+        text = "".join(alphabet[start : start + 997])
+        assert small.decode(small.encode(text)) == text
+        assert small.decode(small.encode(text[::-1])) == text[::-1]
+
+
+def test_round_trip_fuzz(small):
+    rng = random.Random(0)
+    parts = [
+        *map(chr, range(0x250)),
+        *" \n\t\r\u2581\u2585中文日本😀\u2028\ufeff" * 20,
+        *STRINGS[9:16],
+        "    ",
+        "def f(",
+    ]
+    for _ in range(5000):
+        text = "".join(rng.choices(parts, k=rng.randrange(30)))
+        assert small.decode(small.encode(text)) == text, repr(text)
+
+
+def test_text_after_special_tokens_survives(small):
+    for text in (" leading", "\n  two", "\t", "\u2581x"):
+        assert small.decode([small.bos_id, *small.encode(text), small.eos_id, small.pad_id]) == text
+
+
+def test_special_ids_and_pieces(small):
+    assert (small.vocab_size, small.bos_id, small.eos_id, small.pad_id) == (1000, 1, 2, 3)
+    assert len(small.encode(" " * 8)) == 1  # indentation is cheap
+    assert len(small.encode("1234")) == 4  # digits are split
+    assert small.decode([small._space_mark[0]]) == "\ufffd"  # a lone byte
+
+
+def test_training_is_deterministic(texts, tmp_path):
+    first, again = (train(iter(texts[:10]), tmp_path / name, 400).path.read_bytes() for name in "ab")
+    assert first == again
+    assert Tokenizer(tmp_path / "a").fingerprint == Tokenizer(tmp_path / "b").fingerprint
+
+
+def test_training_uses_text_around_tabs_marks_and_in_long_lines(tmp_path):
+    made = train(["zebra\tzebra\u2581zebra\0zebra\u2585zebra" * 2000], tmp_path / "m", 264)
+    assert len(made.encode("zebra")) < 5  # SentencePiece alone would skip such sentences and find no text
+
+
+def test_literal_special_pieces_in_the_training_text(tmp_path):
+    made = train(["<s> <0x0A> </s> <unk> <pad> hello\n" * 500], tmp_path / "m", 280)
+    for text in ("<s>", "<0x0A>\n", "<unk> <pad>"):
+        assert made.decode(made.encode(text)) == text and min(made.encode(text)) > 3
+
+
+def test_text_too_small_names_the_largest_vocabulary(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"vocab_size: got 4096, but this text gives at most (\d+) pieces"
+    ) as caught:
+        train(["hello world"], tmp_path / "m", 4096)
+    largest = int(str(caught.value).split("at most ")[1].split()[0])
+    assert train(["hello world"], tmp_path / "m", largest).vocab_size == largest
+
+
+def test_training_errors(tmp_path):
+    with pytest.raises(ValueError, match="takes more than 260"):
+        train(["hello"], tmp_path / "m", 260)
+    for nothing in ([], ["", "\t"]):
+        with pytest.raises(ValueError, match="texts: got no text"):
+            train(nothing, tmp_path / "m", 300)
+    with pytest.raises(ValueError, match="takes at least 1260"):
+        train(["".join(map(chr, range(0x4E00, 0x4E00 + 1000)))], tmp_path / "m", 300)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_the_older_model(texts, tmp_path, monkeypatch):
+    before = train(texts[:3], tmp_path / "m", 400).fingerprint
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        train(texts[:3], tmp_path / "m", 410)
+    assert Tokenizer(tmp_path / "m").fingerprint == before
+
+
+def test_bad_files_ids_and_text(small, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none: no such tokenizer.*train_tokenizer\.py"):
+        Tokenizer(tmp_path / "none")
+    (tmp_path / "bad").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="bad: not a SentencePiece model"):
+        Tokenizer(tmp_path / "bad")
+    for wrong in (1000, -1):
+        with pytest.raises(ValueError, match=f"ids: got {wrong}, takes 0 to 999"):
+            small.decode([5, wrong])
+    with pytest.raises(ValueError, match="text: character 2 is a lone surrogate"):
+        small.encode("ab\ud800")
+
+
+def test_a_model_that_loses_text_is_refused(tmp_path, texts):
+    with open(
+        tmp_path / "m", "wb"
+    ) as file:  # SentencePiece's defaults: a dummy prefix, stripped spaces, NFKC
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts[0].splitlines()),
+            model_writer=file,
+            vocab_size=300,
+            minloglevel=2,
+            pad_id=3,
+        )
+    with pytest.raises(ValueError, match="else text does not survive"):
+        Tokenizer(tmp_path / "m")
+
+
+def test_bytes_per_token(small):
+    assert bytes_per_token(small, ["1234", "中"]) == pytest.approx(7 / (4 + len(small.encode("中"))))
+    with pytest.raises(ValueError, match="got no text"):
+        bytes_per_token(small, [""])
+    assert tokenizer.SPACE_MARK == "▁"
