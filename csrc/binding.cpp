@@ -263,19 +263,25 @@ CrossEntropy cross_entropy_args(const Tensor& logits, const Tensor& labels, int6
   return args;
 }
 
+// Runs body(begin, end) -> bad row or -1 over the rows, and names a row whose label is impossible.
+template <class F>
+void for_labels(const CrossEntropy& args, const F& body) {
+  std::atomic<int64_t> bad{-1};
+  for_rows(args.rows, args.vocab * 4, [&](int64_t begin, int64_t end) {
+    const int64_t first = body(begin, end);
+    if (first >= 0) bad = first;
+  });
+  const int64_t row = bad;
+  STD_TORCH_CHECK(row < 0, "cross_entropy: labels[", row, "] is ", row < 0 ? 0 : args.labels[row],
+                  ", takes an id below the vocabulary's ", args.vocab, " or ignore_index=", args.ignore_index);
+}
+
 std::tuple<Tensor, Tensor> cross_entropy_fwd_cpu(Tensor logits, Tensor labels, int64_t ignore_index) {
   CrossEntropy args = cross_entropy_args(logits, labels, ignore_index);
   Tensor loss = new_f32(logits, {args.rows}), lse = new_f32(logits, {args.rows});
   args.loss = static_cast<float*>(loss.mutable_data_ptr());
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  std::atomic<int64_t> bad{-1};
-  for_rows(args.rows, args.vocab * 4, [&](int64_t begin, int64_t end) {
-    const int64_t first = CPU_CALL(cross_entropy_fwd, args, begin, end);
-    if (first >= 0) bad = first;
-  });
-  const int64_t row = bad;
-  STD_TORCH_CHECK(row < 0, "cross_entropy: labels[", row, "] is ", row < 0 ? 0 : args.labels[row],
-                  ", takes an id below the vocabulary's ", args.vocab, " or ignore_index=", ignore_index);
+  for_labels(args, [&](int64_t begin, int64_t end) { return CPU_CALL(cross_entropy_fwd, args, begin, end); });
   return {loss, lse};
 }
 
@@ -287,7 +293,7 @@ Tensor cross_entropy_bwd_cpu(Tensor dloss, Tensor logits, Tensor labels, Tensor 
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   args.dloss = static_cast<const float*>(dloss.const_data_ptr());
   args.dlogits = dlogits.mutable_data_ptr();
-  for_rows(args.rows, args.vocab * 4, [&](int64_t begin, int64_t end) { CPU_CALL(cross_entropy_bwd, args, begin, end); });
+  for_labels(args, [&](int64_t begin, int64_t end) { return CPU_CALL(cross_entropy_bwd, args, begin, end); });
   return dlogits;
 }
 

@@ -46,4 +46,5 @@ def in_range(name: str, value: float, low: float, high: float, meaning: str) -> 
 def rows(t: torch.Tensor, columns: int) -> torch.Tensor:
     """`t` as (rows, columns) with contiguous rows: a view where that is possible, else a copy."""
     flat = t.reshape(-1, columns) if columns else t.reshape(0, 0)
-    return flat if columns <= 1 or flat.stride(-1) == 1 else flat.contiguous()
+    # clone, because contiguous() gives an empty tensor back with the strides it has
+    return flat if columns <= 1 or flat.stride(-1) == 1 else flat.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,9 @@
-"""The tokenizer: SentencePiece BPE with byte fallback, set so that decode(encode(text)) == text for every string.
+"""The tokenizer: SentencePiece BPE with byte fallback, set so that decode(encode(text)) == text for every
+string.
 
-How SentencePiece treats what is special to it (tried with 0.2.3):
-- U+2581 is its own mark for a space and would decode to one, so the text is split there and its three UTF-8 bytes are emitted.
+How SentencePiece treats what is special to it (tried with 0.2.1 and 0.2.3):
+- U+2581 is its own mark for a space and would decode to one, so the text is split there and its three UTF-8
+  bytes are emitted.
 - Tab separates sentences in training; it never becomes a piece, and encodes as the byte piece <0x09>.
 - Newlines are ordinary characters: pieces such as ")\\n" and "\\n\\n" are learned.
 - Literal "<s>" or "<0x0A>" in a text encodes as characters; special ids come only from the caller.
@@ -50,12 +52,13 @@ class Tokenizer:
         self._space_mark = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if min(self.bos_id, self.eos_id, self.pad_id) < 0 or self.decode(self.encode(PROBE)) != PROBE:
             raise ValueError(
-                f"{self.path}: takes a model with bos, eos and pad ids, byte fallback, identity normalisation and no dummy "
-                "prefix, else text does not survive; make it with train/train_tokenizer.py"
+                f"{self.path}: takes a model with bos, eos and pad ids, byte fallback, identity normalisation and "
+                "no dummy prefix, else text does not survive; make it with train/train_tokenizer.py"
             )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos. Raises ValueError for lone surrogates, which no UTF-8 text can hold."""
+        """Ids of `text`, without bos or eos. Raises ValueError for lone surrogates, which no UTF-8 text can
+        hold."""
         try:
             if SPACE_MARK not in text:
                 return self._model.encode(text)
@@ -65,7 +68,11 @@ class Tokenizer:
                 ids += self._space_mark
                 ids += self._model.encode(part)
             return ids
-        except (UnicodeEncodeError, RuntimeError):  # which of them depends on SentencePiece's release
+        except (
+            UnicodeEncodeError,
+            RuntimeError,
+            TypeError,
+        ):  # which of them depends on SentencePiece's release
             if lone := re.search("[\ud800-\udfff]", text):
                 raise ValueError(
                     f"text: character {lone.start()} is a lone surrogate, takes valid Unicode"
@@ -85,8 +92,9 @@ class Tokenizer:
 def train(texts: Iterable[str], path: str | Path, vocab_size: int) -> Tokenizer:
     """Trains on `texts` (all held in memory: sample a large corpus first) and writes the model to `path`.
 
-    BPE with byte fallback; digits are split; a piece may be all spaces, so indentation is cheap. Ids: unk 0, bos 1, eos 2,
-    pad 3, bytes 4 to 259. Equal texts give an equal file. 20 MB of Python at 4,096 pieces take 3 s on two cores.
+    BPE with byte fallback; digits are split; a piece may be all spaces, so indentation is cheap. Ids: unk 0,
+    bos 1, eos 2, pad 3, bytes 4 to 259. Equal texts give an equal file. 20 MB of Python at 4,096 pieces take
+    3 s on two cores.
     """
     if vocab_size <= 260:
         raise ValueError(f"vocab_size: got {vocab_size}, takes more than 260 (4 special ids and 256 bytes)")
@@ -99,6 +107,7 @@ def train(texts: Iterable[str], path: str | Path, vocab_size: int) -> Tokenizer:
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=0.9999,  # rarer characters are spelled in bytes
+            required_chars=SPACE_MARK,  # but a space must not be: its bytes would decode to U+2581
             split_digits=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -121,7 +130,8 @@ def train(texts: Iterable[str], path: str | Path, vocab_size: int) -> Tokenizer:
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Pieces of the texts, cut at line ends, of at most SENTENCE characters."""
+    """Pieces of the texts, cut at line ends, of at most SENTENCE characters; and a space."""
+    found = False
     for text in texts:
         for part in UNTRAINABLE.split(text):
             start = 0
@@ -130,14 +140,16 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
                 if end < len(part):
                     end = part.rfind("\n", start, end) + 1 or end
                 yield part[start:end]
-                start = end
+                start, found = end, True
+    if found:
+        yield " "  # SentencePiece 0.2.1 ends the process when a required character does not occur
 
 
 def _explain(error: str, vocab_size: int) -> str:
     if largest := re.search(r"value <= (\d+)", error):
-        return f"vocab_size: got {vocab_size}, but this text gives at most {largest[1]} pieces; lower it or give more text"
+        return f"vocab_size: got {vocab_size}, but this text gives at most {largest[1]} pieces; lower it"
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return f"vocab_size: got {vocab_size}, but this text has so many characters that it takes at least {smallest[1]}"
+        return f"vocab_size: got {vocab_size}, but the characters of this text take at least {smallest[1]}"
     if "sentences_.empty()" in error:
         return "texts: got no text, takes at least some words to learn pieces from"
     return f"texts: SentencePiece cannot train on them with vocab_size {vocab_size}: {error}"

@@ -27,16 +27,15 @@ def main() -> None:
         "--sample-bytes",
         type=int,
         default=100_000_000,
-        help="train on about this much text, documents chosen by hash (default: 100 MB; lower it if memory runs out)",
+        help="train on about this much text, chosen by hash (default: 100 MB; lower it if memory runs out)",
     )
     args = parser.parse_args()
     start = time.perf_counter()
     trained = tokenizer.train(sample(args.shards, args.sample_bytes), args.out, args.vocab_size)
     seconds = time.perf_counter() - start
     rate = tokenizer.bytes_per_token(trained, sample(args.shards, 20_000_000))
-    print(
-        f"wrote {args.out}: {trained.vocab_size:,} pieces, {seconds:.1f} s, {rate:.3f} bytes per token on {args.shards}"
-    )
+    print(f"wrote {args.out}: {trained.vocab_size:,} pieces, {seconds:.1f} s")
+    print(f"{rate:.3f} bytes per token on {args.shards}")
 
 
 if __name__ == "__main__":

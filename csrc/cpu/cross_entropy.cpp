@@ -25,6 +25,8 @@ float maximum(const T* logits, int64_t vocab) {
   return top;
 }
 
+bool outside(const CrossEntropy& a, int64_t label) { return label < 0 || label >= a.vocab; }
+
 template <class T>
 float logsumexp(const T* logits, int64_t vocab) {
   float top = maximum(logits, vocab);
@@ -37,7 +39,7 @@ float logsumexp(const T* logits, int64_t vocab) {
 
 }  // namespace
 
-// Returns the first row whose label is neither ignored nor in the vocabulary, or -1.
+// Both return the first row whose label is neither ignored nor in the vocabulary, or -1.
 int64_t cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
   int64_t bad = -1;
   with_dtype(a.dtype, [&](auto t) {
@@ -46,7 +48,7 @@ int64_t cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
       const int64_t label = a.labels[i];
       a.loss[i] = a.lse[i] = 0;
       if (label == a.ignore_index) continue;
-      if (label < 0 || label >= a.vocab) {
+      if (outside(a, label)) {
         bad = i;
         return;
       }
@@ -58,7 +60,8 @@ int64_t cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
   return bad;
 }
 
-void cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
+int64_t cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
+  int64_t bad = -1;
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     for (int64_t i = begin; i < end; ++i) {
@@ -68,6 +71,10 @@ void cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
         for (int64_t c = 0; c < a.vocab; ++c) dlogits[c] = from_float<T>(0.0f);
         continue;
       }
+      if (outside(a, label)) {
+        bad = i;
+        return;
+      }
       const T* logits = row<T>(a.logits, i, a.logits_stride);
       const float lse = a.lse[i], scale = a.dloss[i];
       for (int64_t c = 0; c < a.vocab; ++c)
@@ -75,6 +82,7 @@ void cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
       dlogits[label] = from_float<T>((exp(to_float(logits[label]) - lse) - 1.0f) * scale);
     }
   });
+  return bad;
 }
 
 }  // namespace openllama::cpu::CPU_ARCH

@@ -16,7 +16,7 @@
   void swiglu_fwd(const Swiglu&, int64_t begin, int64_t end);                                              \
   void swiglu_bwd(const Swiglu&, int64_t begin, int64_t end);                                              \
   int64_t cross_entropy_fwd(const CrossEntropy&, int64_t begin, int64_t end);                              \
-  void cross_entropy_bwd(const CrossEntropy&, int64_t begin, int64_t end);                                 \
+  int64_t cross_entropy_bwd(const CrossEntropy&, int64_t begin, int64_t end);                              \
   void adamw(const AdamWTensor&, const AdamWStep&, int64_t begin, int64_t end);                            \
   }
 

@@ -1,7 +1,7 @@
 """The token cache: a shard folder tokenised once, in parallel, and opened by memory map.
 
-tokens.bin holds every document as bos, ids, eos; offsets.npy (uint64) where each starts, and the end; cache.json, written last,
-says what it was made from.
+tokens.bin holds every document as bos, ids, eos; offsets.npy (uint64) where each starts, and the end;
+cache.json, written last, says what it was made from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import types
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -41,9 +41,11 @@ Encoded = tuple[np.ndarray, np.ndarray, int]  # ids of all documents, length of 
 
 
 class TokenCache:
-    """A finished cache. `cache[i]` are the ids of document i (a view of the file); `lengths` those of all documents.
+    """A finished cache. `cache[i]` are the ids of document i (a view of the file); `lengths` those of all
+    documents.
 
-    Also `tokens`, `text_bytes`, `vocab_size`, `pad_id`, and `fingerprint`, which stands for the tokens' content.
+    Also `tokens`, `text_bytes`, `vocab_size`, `pad_id`, and `fingerprint`, which stands for the tokens'
+    content.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -100,10 +102,12 @@ def tokenize(
     rebuild: bool = False,
     progress: bool = True,
 ) -> TokenCache:
-    """Tokenises a shard folder into `out_dir`, or opens what is there if it came from the same shards and tokenizer.
+    """Tokenises a shard folder into `out_dir`, or opens what is there if it came from the same shards and
+    tokenizer.
 
-    `processes`: default one per core, fewer for a small corpus; the result does not depend on it. A cache made from other
-    shards or another tokenizer raises ValueError, or is made anew with `rebuild=True`. Empty documents are left out.
+    `processes`: default one per core, fewer for a small corpus; the result does not depend on it. A cache
+    made from other shards or another tokenizer raises ValueError, or is made anew with `rebuild=True`. Empty
+    documents are left out.
     """
     if processes is not None and processes < 1:
         raise ValueError(f"processes: got {processes}, takes a whole number of at least 1, or None to choose")
@@ -180,13 +184,11 @@ def _encode_all(batches: Iterator[list[str]], tokenizer: Tokenizer, processes: i
     if processes == 1:
         yield from (_encode(tokenizer, batch) for batch in batches)
         return
-    with (
-        _no_main_module(),
-        ProcessPoolExecutor(processes, get_context("spawn"), _start, (tokenizer.path,)) as pool,
-    ):
-        waiting: deque[Future[Encoded]] = (
-            deque()
-        )  # bounded, so that reading never runs far ahead; results keep their order
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (tokenizer.path,))
+    waiting: deque[Future[Encoded]] = (
+        deque()
+    )  # bounded: reading never runs far ahead; and in the documents' order
+    with _no_main_module(), pool:
         try:
             for batch in batches:
                 waiting.append(pool.submit(_work, batch))
@@ -209,8 +211,8 @@ def _work(texts: list[str]) -> Encoded:
 
 @contextmanager
 def _no_main_module() -> Iterator[None]:
-    """Spawned workers would first run the caller's script again (its imports cost seconds each, and one without a
-    `__main__` guard would start over); they need nothing of it."""
+    """Spawned workers would first run the caller's script again (its imports cost seconds each, and one
+    without a `__main__` guard would start over); they need nothing of it."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
@@ -219,7 +221,9 @@ def _no_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _write(out: Path, dtype: str, results: Iterable[Encoded], advance: Any) -> dict[str, int]:
+def _write(
+    out: Path, dtype: str, results: Iterable[Encoded], advance: Callable[[int], None]
+) -> dict[str, int]:
     offsets, text_bytes = array("Q", [0]), 0
     with written_aside(out / TOKENS) as file:
         for ids, lengths, size in results:

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the name `path` only when the block ends without an error; else nothing is left.
+    """A binary file that takes the name `path` only when the block ends without an error; else nothing is
+    left.
 
     A full disk raises OSError (ENOSPC) that names the file and what to do.
     """

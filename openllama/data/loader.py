@@ -1,4 +1,5 @@
-"""Packed batches: every label of the corpus once an epoch, in an order that (seed, epoch) fixes, resumable anywhere."""
+"""Packed batches: every label of the corpus once an epoch, in an order that (seed, epoch) fixes, resumable
+anywhere."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ STATE_VERSION = 1
 
 @dataclass
 class Batch:
-    """Packed pieces of documents, flat. `tokens` is always batch * context; padding closes each pack as a piece of its own."""
+    """Packed pieces of documents, flat. `tokens` is always batch * context; padding closes each pack as a
+    piece of its own."""
 
     ids: torch.Tensor  # int64 (tokens,)
     labels: torch.Tensor  # int64 (tokens,), IGNORED on padding
@@ -31,9 +33,10 @@ class Batch:
 class PackedLoader:
     """Endless iterator of the batches of one rank.
 
-    Of each world_size * batch packs in an epoch's order, rank r takes the r-th batch. Packs missing at the end of an epoch are
-    all padding, so every rank has the same number of batches. `state_dict` is small and resumes at once, with another batch or
-    world size too; state counts packs of all ranks, so any rank's state serves all.
+    Of each world_size * batch packs in an epoch's order, rank r takes the r-th batch. Packs missing at the
+    end of an epoch are all padding, so every rank has the same number of batches. `state_dict` is small and
+    resumes at once, with another batch or world size too; state counts packs of all ranks, so any rank's
+    state serves all.
     """
 
     def __init__(
@@ -96,7 +99,8 @@ class PackedLoader:
         return made
 
     def one_epoch(self) -> Iterator[Batch]:
-        """This rank's batches of one epoch in the corpus's order, without touching the loader's state: for validation."""
+        """This rank's batches of one epoch in the corpus's order, without touching the loader's state: for
+        validation."""
         order = np.arange(self.packs)
         for first in range(0, self.packs, self.world_size * self.batch):
             yield self._make(order, first)
@@ -111,12 +115,13 @@ class PackedLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was saved; refuses a state of another corpus, tokenizer, context, seed or shuffle."""
+        """Goes on where `state` was saved; refuses a state of another corpus, tokenizer, context, seed or
+        shuffle."""
         for name, mine in {"version": STATE_VERSION, **self._identity()}.items():
             if state.get(name) != mine:
                 raise ValueError(
-                    f"loader state: {name} is {state.get(name)!r}, this loader has {mine!r}; resume with what the state was "
-                    "saved with, or start without it"
+                    f"loader state: {name} is {state.get(name)!r}, this loader has {mine!r}; resume with what "
+                    "the state was saved with, or start without it"
                 )
         epoch, next_pack = state["epoch"], state["next_pack"]
         if epoch < 0 or not 0 <= next_pack <= self.packs:
@@ -134,7 +139,8 @@ class PackedLoader:
         }
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """RandomState, not Generator: only its streams are promised to stay the same in later numpy releases."""
+        """RandomState, not Generator: only its streams are promised to stay the same in later numpy
+        releases."""
         if not self.shuffle:
             return np.arange(self.packs)
         bits = np.random.MT19937(np.random.SeedSequence([self.seed, epoch]))

@@ -8,8 +8,9 @@ import numpy as np
 def cut(lengths: np.ndarray, context: int) -> np.ndarray:
     """Cuts documents into pieces of at most `context` inputs: int64 rows (document, start, length).
 
-    A document of n tokens has n - 1 labels. A piece reads tokens start .. start + length: all but the last are inputs, all but
-    the first are labels. So neighbours share one token, and each token but a document's first is a label exactly once:
+    A document of n tokens has n - 1 labels. A piece reads tokens start .. start + length: all but the last
+    are inputs, all but the first are labels. So neighbours share one token, and each token but a document's
+    first is a label exactly once:
 
         tokens       0 1 2 3 4 5 6          context 4
         inputs       0 1 2 3 | 4 5
@@ -25,10 +26,12 @@ def cut(lengths: np.ndarray, context: int) -> np.ndarray:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Best-fit decreasing: the bin number (from 0) of each piece, so that no bin holds more than `capacity` tokens.
+    """Best-fit decreasing: the bin number (from 0) of each piece, so that no bin holds more than `capacity`
+    tokens.
 
-    The longest piece goes first, each into the fullest bin that still takes it, else into a new one; ties go to the earlier
-    piece and the bin last touched. Linear: bins are kept by their remaining room, a bit mask of rooms finds the tightest.
+    The longest piece goes first, each into the fullest bin that still takes it, else into a new one; ties go
+    to the earlier piece and the bin last touched. Linear: bins are kept by their remaining room, a bit mask
+    of rooms finds the tightest.
     """
     _positive("capacity", capacity)
     lengths = np.asarray(lengths, np.int64)

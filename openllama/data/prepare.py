@@ -19,7 +19,8 @@ UNFINISHED = ".unfinished"  # shards are made here and renamed when all are comp
 
 
 def fraction(text: str, salt: str = "") -> float:
-    """A number in [0, 1) that depends on the text alone: splits and samples by it are stable when a corpus grows."""
+    """A number in [0, 1) that depends on the text alone: splits and samples by it are stable when a corpus
+    grows."""
     return int.from_bytes(hashlib.sha256(f"{salt}{text}".encode()).digest()[:6], "big") / 2**48
 
 
@@ -35,9 +36,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes `out`/train and, unless `valid_share` is 0, `out`/valid; returns what was made.
 
-    Takes documents in order up to the first that would exceed `max_bytes` of UTF-8 text. A document is held out if the hash of
-    its text falls below `valid_share`. Shards made before with equal settings are reused; others raise.
-    Returns {"reused", "train", "valid" (manifests; valid is None at share 0), "documents", "text_bytes", "seconds"}.
+    Takes documents in order up to the first that would exceed `max_bytes` of UTF-8 text. A document is held
+    out if the hash of its text falls below `valid_share`. Shards made before with equal settings are reused;
+    others raise. Returns {"reused", "train", "valid" (manifests; valid is None at share 0), "documents",
+    "text_bytes", "seconds"}.
     """
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes: got {max_bytes}, takes a whole number of at least 1, or None for all")
@@ -64,7 +66,8 @@ def prepare(
 def _settings(
     source: str | Path, max_bytes: int | None, valid_share: float, lines_per_shard: int
 ) -> dict[str, Any]:
-    # The size of the files, so that a changed source is noticed. Not for "python": installing a package must not invalidate.
+    # The size of the files, so that a changed source is noticed. Not for "python": installing a package there
+    # must not invalidate the shards.
     size = None if str(source) == "python" else sum(p.stat().st_size for p in source_files(source))
     return {
         "source": str(source),
@@ -127,6 +130,7 @@ def _up_to(documents: Iterator[Document], limit: int | None) -> Iterator[tuple[D
 
 
 def sample(folder: str | Path, max_bytes: int) -> Iterator[str]:
-    """Texts of a shard folder, about `max_bytes` of them chosen by hash: spread evenly, and the same every time."""
+    """Texts of a shard folder, about `max_bytes` of them chosen by hash: spread evenly, and the same every
+    time."""
     share = max_bytes / read_manifest(folder)["text_bytes"]
     return (d["text"] for d in read_shards(folder) if share >= 1 or fraction(d["text"], "sample") < share)

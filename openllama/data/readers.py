@@ -55,11 +55,13 @@ class Damage:
 
 
 def read(source: str | Path, key: str = "text", damage: Damage | None = None) -> Iterator[Document]:
-    """Documents of `source`: `python` (the Python source on this machine: standard library, then installed packages),
-    a .jsonl, .jsonl.zst, .jsonl.gz or .txt file, or a folder of those (recursive, in sorted order).
+    """Documents of `source`: `python` (the Python source on this machine: standard library, then installed
+    packages), a .jsonl, .jsonl.zst, .jsonl.gz or .txt file, or a folder of those (recursive, in sorted
+    order).
 
-    `key` holds the text in JSON lines; a .txt file is one document. Blank lines hold no document. What cannot be used goes to
-    `damage` (default: a record that raises). A source that does not exist or has no known ending raises at once.
+    `key` holds the text in JSON lines; a .txt file is one document. Blank lines hold no document. What cannot
+    be used goes to `damage` (default: a record that raises). A source that does not exist or has no known
+    ending raises at once.
     """
     damage = damage or Damage("raise")
     if str(source) == "python":
@@ -108,7 +110,8 @@ def parse(line: bytes, key: str = "text") -> dict[str, Any]:
 
 
 def records(path: str | Path, key: str = "text") -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-    """(line number, object) of each line that is not blank; where one cannot be used, why stands in its place."""
+    """(line number, object) of each line that is not blank; where one cannot be used, why stands in its
+    place."""
     stream, number = lines(path), 0
     while True:
         number += 1
@@ -165,7 +168,8 @@ def _text_file(path: Path, source: str, damage: Damage, name: str = "") -> Itera
 
 
 def _python(damage: Damage) -> Iterator[Document]:
-    """Files with equal contents come once. Damage here is never fatal: Python ships undecodable files on purpose (tests)."""
+    """Files with equal contents come once. Damage here is never fatal: Python ships undecodable files on
+    purpose (tests)."""
     damage = Damage("skip", damage.counts, damage.examples)
     paths = sysconfig.get_paths()
     seen: set[bytes] = set()

@@ -1,4 +1,5 @@
-"""Shards: a folder of part-00000.jsonl.zst files with equal line counts, and the manifest.json that describes them.
+"""Shards: a folder of part-00000.jsonl.zst files with equal line counts, and the manifest.json that describes
+them.
 
 The manifest comes last, so a folder with one is complete. Equal documents and settings give equal bytes.
 """
@@ -29,8 +30,8 @@ ZSTD_LEVEL = 3  # zstd's default; decompression speed hardly depends on it
 class ShardWriter:
     """Writes documents to `folder`; used as a context manager, which on a clean exit writes the manifest.
 
-    `settings` is stored in the manifest and decides whether a later run may reuse the folder. An exit without any document
-    raises ValueError; an exit through an error leaves no half-written part and no manifest.
+    `settings` is stored in the manifest and decides whether a later run may reuse the folder. An exit without
+    any document raises ValueError; an exit through an error leaves no half-written part and no manifest.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class ShardWriter:
         if not self._shards:
             counts = self.damage.to_dict()["counts"] or "none"
             raise ValueError(
-                f"{self.folder}: the corpus is empty (settings: {self.settings}; skipped as damaged: {counts}); "
+                f"{self.folder}: the corpus is empty (settings: {self.settings}; skipped: {counts}); "
                 "give a source with text, a larger max_bytes or another valid_share"
             )
         self.manifest = {
@@ -135,14 +136,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{path}: missing, but {MANIFEST} lists it; make the folder again")
         if path.stat().st_size != shard["bytes"]:
             raise ValueError(
-                f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {shard['bytes']}; make the folder again"
+                f"{path}: has {path.stat().st_size} bytes, {MANIFEST} says {shard['bytes']}; "
+                "make the folder again"
             )
     return manifest
 
 
 def read_shards(folder: str | Path) -> Iterator[Document]:
-    """All documents of a shard folder, in order. The manifest is checked at once; damage raises DamagedData naming file and
-    line."""
+    """All documents of a shard folder, in order. The manifest is checked at once; damage raises DamagedData
+    naming file and line."""
     return _documents(Path(folder), read_manifest(folder))
 
 
@@ -166,7 +168,8 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def reusable(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of `folder` if it was made with `settings`, None if it is new or empty; raises if it holds other things."""
+    """The manifest of `folder` if it was made with `settings`, None if it is new or empty; raises if it holds
+    other things."""
     folder = Path(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return None

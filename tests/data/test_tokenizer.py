@@ -86,12 +86,18 @@ def test_training_is_deterministic(texts, tmp_path):
 
 
 def test_training_uses_text_around_tabs_marks_and_in_long_lines(tmp_path):
-    made = train(["zebra\tzebra\u2581zebra\0zebra\u2585zebra" * 2000], tmp_path / "m", 264)
+    made = train(["zebra\tzebra\u2581zebra\0zebra\u2585zebra" * 2000], tmp_path / "m", 267)
     assert len(made.encode("zebra")) < 5  # SentencePiece alone would skip such sentences and find no text
 
 
+def test_spaces_survive_training_without_spaces(tmp_path):
+    """Spelled in bytes, a space would come back as U+2581."""
+    made = train(["没有空格的中文文本" * 1000, "一个 空格"], tmp_path / "m", 275)
+    assert made.decode(made.encode(" 空 格  \u2581 ")) == " 空 格  \u2581 "
+
+
 def test_literal_special_pieces_in_the_training_text(tmp_path):
-    made = train(["<s> <0x0A> </s> <unk> <pad> hello\n" * 500], tmp_path / "m", 280)
+    made = train(["<s> <0x0A> </s> <unk> <pad> hello\n" * 500], tmp_path / "m", 276)
     for text in ("<s>", "<0x0A>\n", "<unk> <pad>"):
         assert made.decode(made.encode(text)) == text and min(made.encode(text)) > 3
 
@@ -111,7 +117,7 @@ def test_training_errors(tmp_path):
     for nothing in ([], ["", "\t"]):
         with pytest.raises(ValueError, match="texts: got no text"):
             train(nothing, tmp_path / "m", 300)
-    with pytest.raises(ValueError, match="takes at least 1260"):
+    with pytest.raises(ValueError, match="take at least 1261"):
         train(["".join(map(chr, range(0x4E00, 0x4E00 + 1000)))], tmp_path / "m", 300)
     assert list(tmp_path.iterdir()) == []
 

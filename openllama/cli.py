@@ -1,0 +1,121 @@
+"""The command `openllama`: info, summary, export, import."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# torch is imported by the subcommands only, so that --help comes at once.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; an error of the user's ends in one line on stderr and exit status 1."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except BrokenPipeError:  # `openllama summary 65b | head`
+        sys.stderr.close()
+    except (ValueError, TypeError, OSError) as e:
+        print(f"openllama {args.command}: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="openllama", description="Llama training on kernels of our own.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "info", help="what was built, and what each op uses on this machine and why"
+    )
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser("summary", help="the layers, shapes and parameters of a model")
+    command.add_argument(
+        "model", help="a preset (tiny, 125m, 1b, 7b, 13b, 33b, 65b, llama3-8b) or a config.json"
+    )
+    command.set_defaults(run=_summary)
+
+    text = (
+        "Writes a checkpoint as HuggingFace's LlamaForCausalLM. A stable embedding is folded into the table: logits stay "
+        "equal, the head becomes untied, and `openllama import` can't undo it."
+    )
+    command = commands.add_parser("export", help="a checkpoint to a HuggingFace folder", description=text)
+    command.add_argument("checkpoint", help="a run's checkpoints/ (the last step) or one step-* folder of it")
+    command.add_argument("folder", help="new, empty, or an earlier export, which is replaced")
+    command.add_argument("--tokenizer", help="tokenizer.model (default: the one in the checkpoint)")
+    _add_dtype(command)
+    command.set_defaults(run=_export)
+
+    text = (
+        "Reads a local HuggingFace folder of a Llama (safetensors). A stable embedding that was folded at export stays "
+        "folded: the model comes back untied and without it, with equal logits."
+    )
+    command = commands.add_parser(
+        "import", help="a HuggingFace folder to one that train/ reads", description=text
+    )
+    command.add_argument("folder", help="holds config.json and *.safetensors")
+    command.add_argument("out", help="a new or empty folder")
+    _add_dtype(command)
+    command.set_defaults(run=_import)
+    return parser
+
+
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as stored)"
+    )
+
+
+def _info(args: argparse.Namespace) -> None:
+    from openllama.info import report
+
+    print(report())
+
+
+def _summary(args: argparse.Namespace) -> None:
+    from openllama.summary import find_config, layer_table
+
+    print(layer_table(find_config(args.model)))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from openllama.hf import export_hf, exported_parameter_count
+    from openllama.pretrained import find_model, load_model
+
+    source = find_model(args.checkpoint)
+    model, tokenizer = load_model(source)
+    tokenizer = args.tokenizer or tokenizer
+    export_hf(model, args.folder, tokenizer, _dtype(args.dtype))
+    print(f"{source} -> {args.folder}: {exported_parameter_count(model.config):,} parameters")
+    if model.config.stable_embedding:
+        print(
+            "the stable embedding is folded into embed_tokens: equal logits, untied; import can't undo this"
+        )
+    if tokenizer is None:
+        print(f"without a tokenizer: {source} holds no tokenizer.model; name one with --tokenizer")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from openllama.hf import import_hf
+    from openllama.model import parameter_count
+    from openllama.pretrained import TOKENIZER, save_model
+
+    model = import_hf(args.folder, _dtype(args.dtype))
+    tokenizer = Path(args.folder) / TOKENIZER
+    save_model(model, args.out, tokenizer if tokenizer.is_file() else None)
+    print(f"{args.folder} -> {args.out}: {parameter_count(model.config):,} parameters")
+    if not tokenizer.is_file():
+        print(f"without a tokenizer: {args.folder} holds no tokenizer.model (only SentencePiece is read)")
+
+
+def _dtype(name: str | None):
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The training step, and what keeps a run safe: checkpoints, signals, logs."""

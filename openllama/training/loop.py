@@ -1,0 +1,277 @@
+"""Pre-training: from token shards to checkpoints, through Accelerate on any number of processes.
+
+One optimizer step is `accumulation` micro-batches on each of `world` processes. Its loss is the sum over all their real
+tokens divided by the number of those tokens, so micro-batches with more padding weigh less, as they should.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from openllama import devices
+from openllama.data.cache import TokenCache, tokenize
+from openllama.data.loader import Batch, PackedLoader
+from openllama.kernels import backend
+from openllama.model import Llama, flops_per_token
+from openllama.optim import AdamW, decay_groups
+from openllama.tokenizer import Tokenizer
+from openllama.training import checkpoint
+from openllama.training.config import TrainConfig
+from openllama.training.faults import StopSignal
+from openllama.training.monitor import Monitor
+
+
+class Trainer:
+    """One run. `run()` trains to the last step, or until a signal, and returns the process's exit code."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.out = Path(config.out)
+        self.checkpoints = self.out / "checkpoints"
+        self.dtype = getattr(torch, config.dtype)
+        trackers = config.trackers or None
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), log_with=trackers, project_dir=config.out if trackers else None
+        )
+        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
+        self.stop = StopSignal()
+        self.tokenizer = Tokenizer(config.tokenizer)
+        self.cache = self._tokens(config.shards, "train")
+        self.valid_cache = self._tokens(config.valid_shards, "valid") if config.valid_shards else None
+        self._build_model()
+        self.loader = self._loader(self.cache)
+        self.valid_loader = self._loader(self.valid_cache) if self.valid_cache else None
+        self.step = 0
+        self.tokens = 0  # real tokens learned from, all processes
+        self._resume()
+
+    # ------------------------------------------------------------ setting up
+
+    def _tokens(self, shards: str, name: str) -> TokenCache:
+        with self.accelerator.main_process_first():  # rank 0 tokenises, the others find the cache
+            return tokenize(shards, self.tokenizer, self.out / "tokens" / name, progress=self._is_main)
+
+    def _loader(self, cache: TokenCache) -> PackedLoader:
+        c = self.config
+        rank = self.accelerator.process_index
+        return PackedLoader(cache, c.context, c.batch, c.seed, rank, self.world)
+
+    def _build_model(self) -> None:
+        shape = self.config.model_config()
+        if self.tokenizer.vocab_size > shape.vocab_size:
+            raise ValueError(
+                f"{self.config.tokenizer}: its vocabulary of {self.tokenizer.vocab_size} is over the model's vocab_size="
+                f"{shape.vocab_size}; set model.vocab_size={self.tokenizer.vocab_size} or train a smaller tokenizer"
+            )
+        torch.manual_seed(self.config.seed)
+        self.model = Llama(shape).initialise(self.config.seed).to(self.device, self.dtype)
+        c = self.config
+        groups = decay_groups(self.model, c.weight_decay)
+        self.optimizer = AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
+        if self.world == 1 and self.dtype != torch.float32:
+            for p in self.model.parameters():  # micro-batches add up in fp32; DDP needs the weight's own dtype
+                p.grad_dtype = torch.float32
+        self.engine = self.accelerator.prepare_model(self.model)
+
+    def _resume(self) -> None:
+        saved = checkpoint.steps(self.checkpoints)
+        if not saved:
+            return
+        place = checkpoint.step_folder(self.checkpoints, saved[-1])
+        state = checkpoint.read_state(place)
+        if state["tokenizer"] != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"{place}: made with the tokenizer {state['tokenizer'][:12]}, this run's {self.config.tokenizer} is "
+                f"{self.tokenizer.fingerprint[:12]}; resume with its tokenizer.model, or choose another `out`"
+            )
+        self.loader.load_state_dict(state["loader"])
+        checkpoint.load(place, self.model, self.optimizer, self.accelerator.process_index)
+        self.step, self.tokens = state["step"], state["tokens"]
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    # ------------------------------------------------------------ training
+
+    def run(self) -> int:
+        c = self.config
+        self.monitor = Monitor(self.out / "metrics.jsonl", self.step, c.steps, quiet=not self._is_main)
+        if c.trackers:
+            self.accelerator.init_trackers("openllama", dataclasses.asdict(c))
+        try:
+            self._announce()
+            if self.step >= c.steps:
+                self.monitor.say(f"already at step {self.step} of {c.steps}: nothing left to train")
+                return 0
+            self._try_validation()
+            return self._train()
+        finally:
+            self.monitor.close()
+            if c.trackers:
+                self.accelerator.end_training()
+
+    def _train(self) -> int:
+        c = self.config
+        last_log = (self.tokens, time.perf_counter())
+        while self.step < c.steps:
+            statistics = self.train_step()
+            if self.step % c.log_every == 0 or self.step == c.steps:
+                last_log = self._log(statistics, last_log)
+            stopped = self._any_stopped()
+            if stopped or self.step % c.save_every == 0 or self.step == c.steps:
+                self._save()
+            if stopped:
+                self.monitor.say(f"stopped by a signal; saved at step {self.step}; the same command goes on")
+                return self.stop.exit_code or 143
+            if self.valid_loader and (self.step % c.valid_every == 0 or self.step == c.steps):
+                self._log_validation()
+                last_log = (self.tokens, time.perf_counter())
+        return 0
+
+    def train_step(self) -> dict[str, Any]:
+        """One optimizer step. Returns its statistics; loss and grad norm stay on the device, so nothing waits here."""
+        c = self.config
+        self.step += 1
+        lr = c.lr_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batches = [next(self.loader) for _ in range(c.accumulation)]
+        targets = self._sum_over_ranks(sum(b.targets for b in batches))
+        total = torch.zeros((), device=self.device)
+        for i, batch in enumerate(batches):
+            with self._sync_gradients(i == len(batches) - 1):
+                loss = self._loss(self.engine, batch)
+                # DDP averages over processes, so each one's sum is scaled up by their number
+                self.accelerator.backward(loss * (self.world / targets))
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tokens += targets
+        return {
+            "loss": total / targets,
+            "grad_norm": norm,
+            "lr": lr,
+            "seq": sum(map(_squares, batches)) / sum(b.ids.numel() for b in batches),
+        }
+
+    def _loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        def put(t: torch.Tensor) -> torch.Tensor:
+            return (t.pin_memory() if self.device.type == "cuda" else t).to(self.device, non_blocking=True)
+
+        return model(
+            put(batch.ids), put(batch.positions), put(batch.cu_seqlens), batch.max_seqlen, labels=put(batch.labels)
+        )
+
+    def _sync_gradients(self, last: bool) -> Any:
+        return nullcontext() if last or self.world == 1 else self.accelerator.no_sync(self.engine)
+
+    def _sum_over_ranks(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(value, device=self.device, dtype=torch.float64), "sum").item()
+
+    def _any_stopped(self) -> bool:
+        return self._sum_over_ranks(float(bool(self.stop.received))) > 0
+
+    # ------------------------------------------------------------ validation, logs, checkpoints
+
+    @torch.no_grad()
+    def validate(self, limit: int = 0) -> dict[str, float]:
+        """Held-out loss in nats per token and bits per byte, over `limit` batches a process (0: all)."""
+        assert self.valid_loader is not None and self.valid_cache is not None
+        total, targets = torch.zeros((), device=self.device), 0
+        for i, batch in enumerate(self.valid_loader.one_epoch()):
+            if limit and i >= limit:
+                break
+            total += self._loss(self.model, batch)
+            targets += batch.targets
+        loss = self._sum_over_ranks(float(total)) / max(1.0, self._sum_over_ranks(targets))
+        tokens_per_byte = self.valid_loader.targets_per_epoch / self.valid_cache.text_bytes
+        return {"valid_loss": loss, "valid_bits_per_byte": loss * tokens_per_byte / math.log(2)}
+
+    def _try_validation(self) -> None:
+        """One batch before the first step: what would crash after an hour crashes now."""
+        if self.valid_loader:
+            self.validate(limit=1)
+
+    def _log_validation(self) -> None:
+        result = self.validate(self.config.valid_batches)
+        self.monitor.valid({"step": self.step, **result})
+        if self.config.trackers:
+            self.accelerator.log(result, step=self.step)
+
+    def _log(self, statistics: dict[str, Any], last: tuple[float, float]) -> tuple[float, float]:
+        loss = self._sum_over_ranks(float(statistics["loss"]))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step {self.step}: the loss is {loss}; the checkpoints before it are untouched: lower lr "
+                f"(now {statistics['lr']:.1e}), lengthen warmup, or look at the data of this step"
+            )
+        now = time.perf_counter()
+        c = self.config
+        speed = (self.tokens - last[0]) / self.world / (now - last[1])  # real tokens: padding doesn't count
+        flops = speed * flops_per_token(self.model.config, statistics["seq"])
+        peak = devices.peak_flops(self.device, self.dtype)
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": float(statistics["grad_norm"]),
+            "lr": statistics["lr"],
+            "tokens": int(self.tokens),
+            "tokens_per_second_per_gpu": speed,
+            "mfu": flops / peak if peak else None,
+            "memory_gib": devices.peak_memory_gib(self.device),
+            "epoch": self.loader.epoch,
+        }
+        self.monitor.step(record, f"{flops / peak:.1%}" if peak else "N/A")
+        if c.trackers:
+            self.accelerator.log({k: v for k, v in record.items() if v is not None}, step=self.step)
+        return self.tokens, now
+
+    def _save(self) -> None:
+        c = self.config
+        state = {
+            "tokens": self.tokens,
+            "loader": self.loader.state_dict(),
+            "tokenizer": self.tokenizer.fingerprint,
+            "settings": dataclasses.asdict(c),
+            "torch": torch.__version__,
+        }
+        checkpoint.save(
+            self.checkpoints, self.step, self.model, self.optimizer, state, Path(c.tokenizer),
+            self.accelerator.process_index, self.accelerator.wait_for_everyone, c.keep,
+        )  # fmt: skip
+
+    def _announce(self) -> None:
+        say, c, shape = self.monitor.say, self.config, self.model.config
+        peak = devices.peak_flops(self.device, self.dtype)
+        say(f"{devices.name(self.device)}, {self.world} process(es), torch {torch.__version__}, {c.dtype}")
+        flops = flops_per_token(shape, c.context)
+        say(
+            f"model {c.preset}: {sum(p.numel() for p in self.model.parameters()):,} parameters; "
+            f"{flops / 1e9:.3f} GFLOP a token at {c.context} = 6 x parameters that multiply + 6 x layers x heads x "
+            "head_dim x seq (packed: seq = sum of len^2 / sum of len)"
+        )
+        say(f"MFU = tokens/s x FLOP a token / peak; peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'N/A here'}")
+        chosen = {op: backend.explain(op, self.device, self.dtype).backend for op in backend.TABLE}
+        say("ops: " + ", ".join(f"{op} {name}" for op, name in chosen.items()))
+        say(
+            f"data: {len(self.cache):,} documents, {self.cache.tokens:,} tokens, {self.loader.packs:,} packs of "
+            f"{c.context}, {self.loader.padding_share:.2%} padding; {c.batch} x {c.accumulation} x {self.world} packs a step"
+        )
+        if self.step:
+            say(f"resumed at step {self.step} from {self.checkpoints}")
+
+
+def _squares(batch: Batch) -> float:
+    return float(batch.cu_seqlens.diff().double().square().sum())

@@ -1,0 +1,168 @@
+import hashlib
+import json
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openllama import tokenizer
+from openllama.data import cache as cache_module
+from openllama.data.cache import TokenCache, tokenize
+
+
+@pytest.fixture
+def build(shards_of, small, tmp_path):
+    """Tokenises texts into `name`."""
+
+    def build(texts, name="tokens", **options):
+        return tokenize(
+            shards_of(texts, f"{name}-shards"),
+            options.pop("tokenizer", small),
+            tmp_path / name,
+            progress=False,
+            **options,
+        )
+
+    return build
+
+
+def content(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).iterdir()}
+
+
+def test_each_document_is_bos_ids_eos(build, small, texts):
+    made = build(texts)
+    assert len(made) == len(texts) and made.tokens == made.lengths.sum()
+    assert made.text_bytes == sum(len(t.encode()) for t in texts)
+    assert (made.vocab_size, made.pad_id, made.ids.dtype) == (1000, 3, np.uint16)
+    for i, text in enumerate(texts):
+        assert made[i].tolist() == [small.bos_id, *small.encode(text), small.eos_id]
+        assert made.lengths[i] == len(made[i])
+    with pytest.raises(IndexError, match=f"document: got {len(texts)}, takes 0 to {len(texts) - 1}"):
+        made[len(texts)]
+
+
+def test_an_empty_document_emits_nothing(build, small):
+    made = build(["one", "", "two", ""])
+    assert [small.decode(made[i]) for i in range(len(made))] == ["one", "two"]
+
+
+def test_a_corpus_of_empty_documents_is_an_error(build, tmp_path):
+    with pytest.raises(ValueError, match="all of its 2 documents are empty"):
+        build(["", ""])
+    assert not (tmp_path / "tokens/cache.json").exists()
+
+
+def test_the_process_count_does_not_matter(build, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "BATCH_CHARACTERS", 5000)  # many batches
+    for processes in (1, 3):
+        build(texts, str(processes), processes=processes)
+    assert content(tmp_path / "1") == content(tmp_path / "3")
+    with pytest.raises(ValueError, match="processes: got 0"):
+        build(texts, "0", processes=0)
+
+
+def test_workers_run_nothing_of_the_callers_script(shards_of, small, tmp_path):
+    """No `__main__` guard, and a script of which each run would be seen."""
+    shards = shards_of(["a text"] * 10)
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            print("run")
+            from openllama.data.cache import tokenize
+            from openllama.tokenizer import Tokenizer
+            print(len(tokenize({str(shards)!r}, Tokenizer({str(small.path)!r}), {str(tmp_path / "t")!r}, processes=2,
+                               progress=False)))
+            """)
+    )
+    root = Path(cache_module.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(root)}
+    )
+    assert (done.stdout, done.stderr) == ("run\n10\n", "")
+
+
+@dataclass
+class Wide:
+    """Stands in for a tokenizer with a vocabulary beyond 16 bits."""
+
+    vocab_size: int
+    bos_id: int = 1
+    eos_id: int = 2
+    pad_id: int = 3
+    fingerprint: str = "wide"
+
+    def encode(self, text):
+        return [self.vocab_size - 1 - ord(c) % 2 for c in text]
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(65536, np.uint16), (65537, np.uint32), (100_000, np.uint32)])
+def test_ids_are_never_squeezed(build, vocab_size, dtype):
+    made = build(["ab", "b"], str(vocab_size), tokenizer=Wide(vocab_size), processes=1)
+    assert made.ids.dtype == dtype
+    assert made[0].tolist() == [1, vocab_size - 2, vocab_size - 1, 2] and made[1].tolist() == [
+        1,
+        vocab_size - 1,
+        2,
+    ]
+
+
+def test_reuse_and_a_changed_tokenizer_or_shard_set(shards_of, small, texts, tmp_path):
+    first, other = shards_of(texts[:5], "first"), shards_of(texts[5:8], "other")
+    out = tmp_path / "tokens"
+    made = tokenize(first, small, out, progress=False)
+    before = (out / "tokens.bin").stat().st_mtime_ns
+    assert tokenize(first, small, out, progress=False).fingerprint == made.fingerprint
+    assert (out / "tokens.bin").stat().st_mtime_ns == before
+    new = tokenizer.train(texts[:9], tmp_path / "new.model", 500)
+    with pytest.raises(
+        ValueError,
+        match=f"tokenizer {small.fingerprint}, but tokenizer is now {new.fingerprint}; pass rebuild",
+    ):
+        tokenize(first, new, out, progress=False)
+    with pytest.raises(ValueError, match=r"shards \w{64}, but shards is now \w{64}"):
+        tokenize(other, small, out, progress=False)
+    assert (out / "tokens.bin").stat().st_mtime_ns == before
+    again = tokenize(first, new, out, progress=False, rebuild=True)
+    assert again.fingerprint != made.fingerprint and again.vocab_size == 500
+    assert new.decode(again[0]) == texts[0]
+
+
+def test_a_failure_leaves_no_cache(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "_encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build(["text"], processes=1)
+    assert content(tmp_path / "tokens") == {}
+
+
+def test_a_failed_rebuild_leaves_no_wrong_cache(shards_of, small, tmp_path, monkeypatch):
+    tokenize(shards_of(["a"], "a"), small, tmp_path / "t", progress=False)
+    monkeypatch.setattr(cache_module, "_encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tokenize(shards_of(["b"], "b"), small, tmp_path / "t", progress=False, rebuild=True, processes=1)
+    with pytest.raises(FileNotFoundError, match=r"no cache\.json"):
+        TokenCache(tmp_path / "t")
+
+
+def test_damaged_caches_are_named(build, tmp_path):
+    folder = build(["some text", "more"]).path
+    whole = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for name, data, message in (
+        ("tokens.bin", whole["tokens.bin"][:-2], r"tokens\.bin: cache\.json says \d+ bytes, got \d+"),
+        ("offsets.npy", whole["offsets.npy"][:-8], r"offsets\.npy: cannot be read"),
+        ("cache.json", b"{", r"cache\.json: not valid JSON"),
+        ("cache.json", json.dumps({"version": 7}).encode(), r"cache\.json: got version 7, takes 1"),
+    ):
+        (folder / name).write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            TokenCache(folder)
+        (folder / name).write_bytes(whole[name])
+    (folder / "tokens.bin").unlink()
+    with pytest.raises(ValueError, match=r"tokens\.bin: .* got no such file"):
+        TokenCache(folder)
+    with pytest.raises(FileNotFoundError, match=r"no cache\.json"):
+        TokenCache(tmp_path / "none")

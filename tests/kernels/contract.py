@@ -1,0 +1,164 @@
+"""The tests that every differentiable op passes. `class TestSwiglu(Contract)` in test_swiglu.py says what is special."""
+
+from __future__ import annotations
+
+import itertools
+import random as python_random
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .rule import LAYOUTS, all_near, assert_error_rule, gradients_like, laid_out, run
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+class Contract:
+    """A subclass gives the op, PyTorch's way to write it, its inputs, and the sizes to try.
+
+    `make` returns (tensors, constants): the float inputs, which all take gradients, and the rest. Both `op` and
+    `eager` are called with `*tensors, *constants`; `op` with `backend=` too.
+    """
+
+    dtypes = (F32, BF16, F16, F64)
+    sizes: tuple = ()
+    compilers = ("aot_eager",)
+    factor = 1.0  # of the error rule
+    ulps = 1.0
+    fuzz_cases = 200
+    fuzz_ulps = 8.0  # both sides are within a few ulps of the exact result
+
+    def make(self, rows: int, size, dtype: torch.dtype, device: str, seed: int = 0):
+        raise NotImplementedError
+
+    def op(self, *arguments, backend: str | None = None):
+        raise NotImplementedError
+
+    def eager(self, *arguments):
+        raise NotImplementedError
+
+    def raw(self, device: str, dtype: torch.dtype) -> list:
+        """(raw op, arguments) of each torch.ops.openllama op behind this one."""
+        raise NotImplementedError
+
+    def floor(self, size) -> float:
+        return 0.0
+
+    def fuzz_size(self, rng: python_random.Random):
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- values
+
+    def test_error_rule(self, device, dtype, size):
+        tensors, constants = self.make(33, size, dtype, device)
+        assert_error_rule(
+            self.op, self.eager, tensors, constants, factor=self.factor, ulps=self.ulps, floor=self.floor(size)
+        )
+
+    def test_each_gradient_alone_equals_all_together(self, device, dtype):
+        tensors, constants = self.make(9, self.sizes[0], dtype, device)
+        outputs, together = run(self.op, tensors, constants)
+        for needs in itertools.product((False, True), repeat=len(tensors)):
+            some_outputs, some = run(self.op, tensors, constants, needs)
+            for ours, theirs in zip(some_outputs, outputs):
+                assert torch.equal(ours, theirs)
+                assert ours.requires_grad is False or any(needs)
+            for grad, whole, need in zip(some, together, needs):
+                assert torch.equal(grad, whole) if need else grad is None
+
+    def test_no_grad_keeps_nothing(self, device):
+        tensors, constants = self.make(9, self.sizes[0], F32, device)
+        leaves = [t.requires_grad_() for t in tensors]
+        kept = []
+        with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+            outputs, _ = run(self.op, leaves, constants, [False] * len(leaves))
+        assert not kept and not any(o.requires_grad for o in outputs)
+
+    def test_two_runs_are_equal(self, device, dtype):
+        tensors, constants = self.make(65, self.sizes[-1], dtype, device)
+        first, second = (run(self.op, tensors, constants) for _ in range(2))
+        for a, b in zip((*first[0], *first[1]), (*second[0], *second[1])):
+            assert torch.equal(a, b)
+
+    def test_zero_rows(self, device, dtype):
+        for layout in LAYOUTS:
+            tensors, constants = self.make(0, self.sizes[0], dtype, device)
+            tensors = [laid_out(t, layout) for t in tensors]
+            ours, theirs = run(self.op, tensors, constants), run(self.eager, tensors, constants)
+            all_near(ours[0], theirs[0], 0, layout)
+            for grad, tensor in zip(ours[1], tensors):
+                assert grad.shape == tensor.shape and not grad.count_nonzero()
+
+    # ---------------------------------------------------------------- layouts
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layout_of_inputs(self, device, dtype, layout):
+        tensors, constants = self.make(16, self.sizes[0], dtype, device)
+        tensors = [laid_out(t, layout) for t in tensors]
+        before = [t.clone() for t in tensors]
+        ours = run(self.op, tensors, constants)
+        dense = run(self.op, [t.contiguous() for t in tensors], constants)
+        for o, d in zip(ours, dense):
+            all_near(o, d, 2, layout)
+        for t, b in zip(tensors, before):
+            assert torch.equal(t, b), "an input was written to"
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layout_of_output_gradients(self, device, dtype, layout):
+        tensors, constants = self.make(16, self.sizes[0], dtype, device)
+        douts = [laid_out(d, layout) for d in gradients_like(run(self.op, tensors, constants)[0])]
+        strided = run(self.op, tensors, constants, douts=douts)
+        dense = run(self.op, tensors, constants, douts=[d.contiguous() for d in douts])
+        all_near(strided[1], dense[1], 2, layout)
+
+    def test_gradient_of_a_sum(self, device, dtype):
+        tensors, constants = self.make(16, self.sizes[0], dtype, device)
+        outputs = run(self.op, tensors, constants)[0]
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        result = self.op(*leaves, *constants)
+        sum(o.sum() for o in (result if isinstance(result, tuple) else (result,))).backward()
+        expected = run(self.op, tensors, constants, douts=[torch.ones_like(o) for o in outputs])[1]
+        all_near([leaf.grad for leaf in leaves], expected, 2)
+
+    def test_fuzz_against_the_reference(self, device):
+        for seed in range(self.fuzz_cases):
+            rng = python_random.Random(seed)
+            size, rows, dtype = self.fuzz_size(rng), rng.choice((1, 2, 3, 17, 64)), rng.choice(self.dtypes)
+            tensors, constants = self.make(rows, size, dtype, device, seed)
+            layouts = [rng.choice(LAYOUTS) for _ in tensors]
+            needs = [rng.random() < 0.7 for _ in tensors]
+            case = f"seed {seed}: {rows} rows, size {size}, {dtype}, {layouts}, needs {needs}"
+            tensors = [laid_out(t, layout) for t, layout in zip(tensors, layouts)]
+            outputs, _ = run(self.op, tensors, constants, [False] * len(tensors), backend="reference")
+            layout = rng.choice(LAYOUTS)
+            douts = [laid_out(d, layout) for d in gradients_like(outputs)]
+            ours = run(self.op, tensors, constants, needs, douts)
+            theirs = run(self.op, tensors, constants, needs, douts, backend="reference")
+            for kind, o, t in zip(("outputs", "gradients"), ours, theirs):
+                all_near(o, t, self.fuzz_ulps, f"{case}, dout {layout}: {kind}")
+
+    # ---------------------------------------------------------------- torch.compile and the dispatcher
+
+    def test_compiled_equals_eager(self, device, compiler):
+        torch._dynamo.reset()
+        tensors, constants = self.make(16, self.sizes[0], F32, device)
+        compiled = torch.compile(self.op, fullgraph=True, backend=compiler)
+        for layout in ("contiguous", "slice", "every other"):
+            tensors = [laid_out(t, layout) for t in tensors]
+            for ours, theirs in zip(run(compiled, tensors, constants), run(self.op, tensors, constants)):
+                all_near(ours, theirs, 2, layout)
+
+    def test_opcheck(self, device, dtype):
+        for op, arguments in self.raw(device, dtype):
+            torch.library.opcheck(op, arguments)
+
+    def test_fake_has_the_real_strides(self, device, dtype):
+        for op, arguments in self.raw(device, dtype):
+            real = op(*arguments)
+            with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+                fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+                fake = op(*fakes)
+            for r, f in zip(*(v if isinstance(v, tuple) else (v,) for v in (real, fake))):
+                if r is not None:
+                    assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device), op

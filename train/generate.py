@@ -1,0 +1,81 @@
+"""Text from a checkpoint.
+
+python train/generate.py --checkpoint runs/quickstart/checkpoints --prompt "def main" --temperature 0.8 --top-k 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+
+from openllama.generate import sample
+from openllama.pretrained import load_model
+from openllama.tokenizer import Tokenizer
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a run's checkpoints/, one step-* folder of it, or a HuggingFace export",
+    )
+    parser.add_argument(
+        "--prompt", action="append", help="text to go on from; give it again for more samples (default: none)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="for each prompt (default: 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)"
+    )
+    parser.add_argument("--top-k", type=int, default=50, help="only the k likeliest; 0: all (default: 50)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="only the likeliest p; 1: all (default: 0.95)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument("--tokenizer", help="tokenizer.model (default: the one in the checkpoint)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    model, tokenizer_path = load_model(args.checkpoint, device=args.device)
+    if not (args.tokenizer or tokenizer_path):
+        raise ValueError(f"{args.checkpoint}: holds no tokenizer.model; name one with --tokenizer")
+    tokenizer = Tokenizer(args.tokenizer or tokenizer_path)
+    prompts = args.prompt or [""]
+    ids = [
+        [tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts
+    ]  # a document starts with bos in training
+    start = time.perf_counter()
+    new = sample(
+        model,
+        ids,
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.seed,
+        eos_id=tokenizer.eos_id,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+    )
+    seconds = time.perf_counter() - start
+    for i, tokens in enumerate(new):
+        if len(new) > 1:
+            print(f"--- sample {i + 1}")
+        print(tokenizer.decode([*ids[i], *tokens]))  # together: a character's bytes may lie on both sides
+    count = sum(map(len, new))
+    print(
+        f"[{count} tokens, {seconds:.1f} s, {count / seconds:.1f} tokens/s on {args.device}]", file=sys.stderr
+    )
+
+
+if __name__ == "__main__":
+    try:
+        run(arguments())
+    except (ValueError, OSError) as e:
+        sys.exit(f"generate.py: {e}")

@@ -1,0 +1,27 @@
+"""Pre-trains a Llama: `accelerate launch train/pretrain.py --config train/configs/tiny.yaml key=value ...`.
+
+Run the same command again to go on from the newest checkpoint. SIGTERM and Ctrl-C save first (exit 143, 130).
+"""
+
+import argparse
+import sys
+
+from openllama.config import load
+from openllama.training.config import TrainConfig
+from openllama.training.loop import Trainer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of openllama/training/config.py's TrainConfig")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+    args = parser.parse_args()
+    try:
+        trainer = Trainer(load(TrainConfig, args.config, args.overrides))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    return trainer.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
