@@ -1,7 +1,8 @@
 // The op library `openllama`, on torch's stable ABI: one binary for every torch from 2.11 on.
 //
-// Schemas, allocation of outputs, and dispatch to the CPU and CUDA kernels. Arguments are checked with good messages
-// in Python (kernels/<op>.py); the checks here only keep a direct call of a raw op from touching memory it must not.
+// Schemas, allocation of outputs, and dispatch to the CPU and CUDA kernels. Arguments are checked with good
+// messages in Python (kernels/<op>.py); the checks here only keep a direct call of a raw op from touching
+// memory it must not.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,7 +22,8 @@
 #ifdef USE_CUDA
 #include <cuda_runtime_api.h>
 // Weak: a CPU build of torch has no such symbol, and this library loads there all the same.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
 #endif
 
 namespace openllama {
@@ -53,19 +55,20 @@ Dtype cpu_dtype_of(const Tensor& t) {
 }
 
 void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (t.stride(1) == 1 || columns <= 1),
-                  "openllama: ", name, " must be (", rows, ", ", columns, ") with contiguous rows");
+  STD_TORCH_CHECK(
+      t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (t.stride(1) == 1 || columns <= 1),
+      "openllama: ", name, " must be (", rows, ", ", columns, ") with contiguous rows");
 }
 
 void check_flat(const Tensor& t, const char* name, int64_t size, ScalarType dtype) {
-  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == size && t.scalar_type() == dtype, "openllama: ", name, " must hold ",
-                  size, " contiguous elements of the right dtype");
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == size && t.scalar_type() == dtype, "openllama: ", name,
+                  " must hold ", size, " contiguous elements of the right dtype");
 }
 
 void check_like(const Tensor& t, const char* name, const Tensor& x) {
   check_rows(t, name, x.size(0), x.size(1));
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.get_device_index() == x.get_device_index(), "openllama: ", name,
-                  " must have the dtype and device of its partner");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type() && t.get_device_index() == x.get_device_index(),
+                  "openllama: ", name, " must have the dtype and device of its partner");
 }
 
 const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
@@ -74,7 +77,9 @@ int64_t row_stride(const OptionalTensor& t) { return t ? t->stride(0) : 0; }
 Tensor new_f32(const Tensor& like, std::vector<int64_t> size) {
   return torch::stable::new_empty(like, size, ScalarType::Float);
 }
-Tensor new_like(const Tensor& like, std::vector<int64_t> size) { return torch::stable::new_empty(like, size); }
+Tensor new_like(const Tensor& like, std::vector<int64_t> size) {
+  return torch::stable::new_empty(like, size);
+}
 
 // Rows of at least this many bytes a thread, so that small inputs are not split for nothing.
 constexpr int64_t kGrainBytes = 32 * 1024;
@@ -92,13 +97,16 @@ struct NormForward {
   RmsNormFwd args;
 };
 
-NormForward prepare_rms_norm_fwd(const Tensor& x, const OptionalTensor& residual, const Tensor& weight, double eps) {
+NormForward prepare_rms_norm_fwd(const Tensor& x, const OptionalTensor& residual, const Tensor& weight,
+                                 double eps) {
   const int64_t rows = x.size(0), hidden = x.size(1);
   check_rows(x, "x", rows, hidden);
   if (residual) check_like(*residual, "residual", x);
   check_flat(weight, "weight", hidden, weight.scalar_type());
-  NormForward f{new_like(x, {rows, hidden}), new_like(x, {residual ? rows : 0, residual ? hidden : 0}),
-                new_f32(x, {rows}), {}};
+  NormForward f{new_like(x, {rows, hidden}),
+                new_like(x, {residual ? rows : 0, residual ? hidden : 0}),
+                new_f32(x, {rows}),
+                {}};
   f.args = {x.const_data_ptr(),
             data(residual),
             weight.const_data_ptr(),
@@ -120,8 +128,9 @@ struct NormBackward {
   RmsNormBwd args;
 };
 
-NormBackward prepare_rms_norm_bwd(const Tensor& dy, const OptionalTensor& dh, const Tensor& h, const Tensor& weight,
-                                  const Tensor& rstd, bool need_dx, bool need_dweight, int64_t blocks) {
+NormBackward prepare_rms_norm_bwd(const Tensor& dy, const OptionalTensor& dh, const Tensor& h,
+                                  const Tensor& weight, const Tensor& rstd, bool need_dx, bool need_dweight,
+                                  int64_t blocks) {
   const int64_t rows = h.size(0), hidden = h.size(1);
   check_rows(h, "h", rows, hidden);
   check_like(dy, "dy", h);
@@ -151,7 +160,8 @@ NormBackward prepare_rms_norm_bwd(const Tensor& dy, const OptionalTensor& dh, co
   return b;
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd_cpu(Tensor x, OptionalTensor residual, Tensor weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd_cpu(Tensor x, OptionalTensor residual, Tensor weight,
+                                                    double eps) {
   cpu_dtype_of(x), cpu_dtype_of(weight);
   auto f = prepare_rms_norm_fwd(x, residual, weight, eps);
   for_rows(f.args.rows, f.args.hidden * 8,
@@ -159,8 +169,8 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd_cpu(Tensor x, OptionalTensor res
   return {f.y, f.h, f.rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(Tensor dy, OptionalTensor dh, Tensor h, Tensor weight, Tensor rstd,
-                                            bool need_dx, bool need_dweight) {
+std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(Tensor dy, OptionalTensor dh, Tensor h, Tensor weight,
+                                            Tensor rstd, bool need_dx, bool need_dweight) {
   cpu_dtype_of(h), cpu_dtype_of(weight);
   const int64_t blocks = std::clamp<int64_t>(h.size(0) / 16, 1, 64);
   auto b = prepare_rms_norm_bwd(dy, dh, h, weight, rstd, need_dx, need_dweight, blocks);
@@ -175,8 +185,8 @@ std::tuple<Tensor, Tensor> rms_norm_bwd_cpu(Tensor dy, OptionalTensor dh, Tensor
 
 // ---------------------------------------------------------------- rotary
 
-Rotary rotary_args(const Tensor& x, const Tensor& out, const Tensor& cos, const Tensor& sin, const Tensor& positions,
-                   int64_t rotated, bool inverse) {
+Rotary rotary_args(const Tensor& x, const Tensor& out, const Tensor& cos, const Tensor& sin,
+                   const Tensor& positions, int64_t rotated, bool inverse) {
   STD_TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.stride(1) == x.size(2),
                   "openllama: x must be (tokens, heads, head_dim) with contiguous tokens");
   const int64_t tokens = x.size(0), heads = x.size(1), head_dim = x.size(2), table_rows = cos.size(0);
@@ -202,14 +212,12 @@ Rotary rotary_args(const Tensor& x, const Tensor& out, const Tensor& cos, const 
 }
 
 void run_rotary(const Rotary& args) {
-  std::atomic<int64_t> bad{-1};
-  for_rows(args.tokens, args.heads * args.head_dim * 4, [&](int64_t begin, int64_t end) {
-    const int64_t first = CPU_CALL(rotary, args, begin, end);
-    if (first >= 0) bad = first;
-  });
-  const int64_t token = bad;
-  STD_TORCH_CHECK(token < 0, "rotary: positions[", token, "] is ", token < 0 ? 0 : args.positions[token],
-                  ", outside the table's ", args.table_rows, " rows; raise max_positions or shorten the input");
+  for (int64_t i = 0; i < args.tokens; ++i)  // first, or an in-place call would stop half-way
+    STD_TORCH_CHECK(args.positions[i] >= 0 && args.positions[i] < args.table_rows, "rotary: positions[", i,
+                    "] is ", args.positions[i], ", outside the table's ", args.table_rows,
+                    " rows; raise max_positions or shorten the input");
+  for_rows(args.tokens, args.heads * args.head_dim * 4,
+           [&](int64_t begin, int64_t end) { CPU_CALL(rotary, args, begin, end); });
 }
 
 Tensor rotary_cpu(Tensor x, Tensor cos, Tensor sin, Tensor positions, int64_t rotated, bool inverse) {
@@ -230,7 +238,8 @@ Tensor swiglu_fwd_cpu(Tensor gate_up) {
   Tensor act = new_like(gate_up, {rows, intermediate});
   const Swiglu args{gate_up.const_data_ptr(), nullptr, act.mutable_data_ptr(), rows, intermediate,
                     gate_up.stride(0),        0,       cpu_dtype_of(gate_up)};
-  for_rows(rows, intermediate * 12, [&](int64_t begin, int64_t end) { CPU_CALL(swiglu_fwd, args, begin, end); });
+  for_rows(rows, intermediate * 12,
+           [&](int64_t begin, int64_t end) { CPU_CALL(swiglu_fwd, args, begin, end); });
   return act;
 }
 
@@ -240,9 +249,11 @@ Tensor swiglu_bwd_cpu(Tensor dact, Tensor gate_up) {
   check_rows(dact, "dact", rows, intermediate);
   STD_TORCH_CHECK(dact.scalar_type() == gate_up.scalar_type(), "openllama: dact must have gate_up's dtype");
   Tensor dgate_up = new_like(gate_up, {rows, 2 * intermediate});
-  const Swiglu args{gate_up.const_data_ptr(), dact.const_data_ptr(), dgate_up.mutable_data_ptr(), rows, intermediate,
-                    gate_up.stride(0),        dact.stride(0),        cpu_dtype_of(gate_up)};
-  for_rows(rows, intermediate * 20, [&](int64_t begin, int64_t end) { CPU_CALL(swiglu_bwd, args, begin, end); });
+  const Swiglu args{
+      gate_up.const_data_ptr(), dact.const_data_ptr(), dgate_up.mutable_data_ptr(), rows, intermediate,
+      gate_up.stride(0),        dact.stride(0),        cpu_dtype_of(gate_up)};
+  for_rows(rows, intermediate * 20,
+           [&](int64_t begin, int64_t end) { CPU_CALL(swiglu_bwd, args, begin, end); });
   return dgate_up;
 }
 
@@ -273,12 +284,13 @@ void for_labels(const CrossEntropy& args, const F& body) {
   });
   const int64_t row = bad;
   STD_TORCH_CHECK(row < 0, "cross_entropy: labels[", row, "] is ", row < 0 ? 0 : args.labels[row],
-                  ", takes an id below the vocabulary's ", args.vocab, " or ignore_index=", args.ignore_index);
+                  ", takes an id below the vocabulary's ", args.vocab,
+                  " or ignore_index=", args.ignore_index);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_fwd_cpu(Tensor logits, Tensor labels, int64_t ignore_index) {
   CrossEntropy args = cross_entropy_args(logits, labels, ignore_index);
-  Tensor loss = new_f32(logits, {args.rows}), lse = new_f32(logits, {args.rows});
+  Tensor loss = new_f32(logits, {args.rows}), lse = new_f32(logits, {args.rows, 2});
   args.loss = static_cast<float*>(loss.mutable_data_ptr());
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   for_labels(args, [&](int64_t begin, int64_t end) { return CPU_CALL(cross_entropy_fwd, args, begin, end); });
@@ -288,7 +300,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd_cpu(Tensor logits, Tensor labels, i
 Tensor cross_entropy_bwd_cpu(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int64_t ignore_index) {
   CrossEntropy args = cross_entropy_args(logits, labels, ignore_index);
   check_flat(dloss, "dloss", args.rows, ScalarType::Float);
-  check_flat(lse, "lse", args.rows, ScalarType::Float);
+  check_flat(lse, "lse", 2 * args.rows, ScalarType::Float);
   Tensor dlogits = new_like(logits, {args.rows, args.vocab});
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   args.dloss = static_cast<const float*>(dloss.const_data_ptr());
@@ -331,15 +343,16 @@ std::vector<AdamWTensor> adamw_tensors(const Tensors& params, const Tensors& gra
   return list;
 }
 
-void adamw_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors masters, double lr,
-               double beta1, double beta2, double eps, double weight_decay, int64_t step, double grad_scale) {
+void adamw_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors masters,
+               double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step,
+               double grad_scale) {
   const auto list = adamw_tensors(params, grads, exp_avgs, exp_avg_sqs, masters);
-  const AdamWStep s{float(lr),
-                    float(beta1),
-                    float(beta2),
+  const AdamWStep s{float(beta2),
                     float(eps),
-                    float(weight_decay),
                     float(grad_scale),
+                    float(1 - lr * weight_decay),
+                    float(1 - beta1),
+                    float(1 - beta2),
                     float(lr / (1 - std::pow(beta1, double(step)))),
                     float(std::sqrt(1 - std::pow(beta2, double(step))))};
   std::vector<AdamWBlock> blocks;
@@ -367,26 +380,29 @@ struct CudaScope {
   cudaStream_t stream = nullptr;
 
   explicit CudaScope(const Tensor& t) : guard(t.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                    "openllama: torch's current-stream symbol is missing; rebuild the library against this torch");
+    STD_TORCH_CHECK(
+        aoti_torch_get_current_cuda_stream != nullptr,
+        "openllama: torch's current-stream symbol is missing; rebuild the library against this torch");
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd_cuda(Tensor x, OptionalTensor residual, Tensor weight, double eps) {
+std::tuple<Tensor, Tensor, Tensor> rms_norm_fwd_cuda(Tensor x, OptionalTensor residual, Tensor weight,
+                                                     double eps) {
   const CudaScope scope(x);
   auto f = prepare_rms_norm_fwd(x, residual, weight, eps);
   check(cuda::rms_norm_fwd(f.args, scope.stream), "rms_norm_fwd");
   return {f.y, f.h, f.rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd_cuda(Tensor dy, OptionalTensor dh, Tensor h, Tensor weight, Tensor rstd,
-                                             bool need_dx, bool need_dweight) {
+std::tuple<Tensor, Tensor> rms_norm_bwd_cuda(Tensor dy, OptionalTensor dh, Tensor h, Tensor weight,
+                                             Tensor rstd, bool need_dx, bool need_dweight) {
   const CudaScope scope(h);
   int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, h.get_device_index()), "rms_norm_bwd");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, h.get_device_index()),
+        "rms_norm_bwd");
   const int64_t blocks = std::clamp<int64_t>(h.size(0), 1, 2 * processors);
   auto b = prepare_rms_norm_bwd(dy, dh, h, weight, rstd, need_dx, need_dweight, blocks);
   check(cuda::rms_norm_bwd(b.args, scope.stream), "rms_norm_bwd");
@@ -426,9 +442,12 @@ using namespace openllama;
 
 STABLE_TORCH_LIBRARY(openllama, m) {
   m.def("build_info() -> str");
-  m.def("rms_norm_fwd(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor y, Tensor h, Tensor rstd)");
   m.def(
-      "rms_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, bool need_dx, bool need_dweight) "
+      "rms_norm_fwd(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor y, Tensor h, Tensor "
+      "rstd)");
+  m.def(
+      "rms_norm_bwd(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, bool need_dx, bool "
+      "need_dweight) "
       "-> (Tensor dx, Tensor dweight)");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, Tensor positions, int rotated, bool inverse) -> Tensor");
   m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor positions, int rotated, bool inverse) -> ()");
@@ -436,7 +455,8 @@ STABLE_TORCH_LIBRARY(openllama, m) {
   m.def("swiglu_bwd(Tensor dact, Tensor gate_up) -> Tensor");
   m.def("cross_entropy_fwd(Tensor logits, Tensor labels, int ignore_index) -> (Tensor loss, Tensor lse)");
   m.def(
-      "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int ignore_index) -> Tensor dlogits");
+      "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int ignore_index) -> Tensor "
+      "dlogits");
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] masters, float lr, float beta1, float beta2, float eps, float weight_decay, int step, "
@@ -444,7 +464,9 @@ STABLE_TORCH_LIBRARY(openllama, m) {
   m.def("hopper_probe(Tensor(a!) out) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(openllama, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
+STABLE_TORCH_LIBRARY_IMPL(openllama, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(openllama, CPU, m) {
   m.impl("rms_norm_fwd", TORCH_BOX(&rms_norm_fwd_cpu));

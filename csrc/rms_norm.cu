@@ -1,9 +1,10 @@
 // RMSNorm (Zhang and Sennrich, 2019), forward and backward, with the residual add fused in. Bound by memory.
 //
-// A block takes a row at a time and its threads own the columns thread * N, (thread + threads) * N, ...: neighbours
-// read neighbouring 16 bytes. The second pass over a row finds it in L1 or L2. Backward's blocks walk over rows
-// (block, block + blocks, ...) and keep their part of dweight in shared memory, so that each input is read from
-// device memory once; a second kernel sums the blocks' parts in a fixed order: the same bits every run.
+// A block takes a row at a time and its threads own the columns thread * N, (thread + threads) * N, ...:
+// neighbours read neighbouring 16 bytes. The second pass over a row finds it in L1 or L2. Backward's blocks
+// walk over rows (block, block + blocks, ...) and keep their part of dweight in shared memory, so that each
+// input is read from device memory once; a second kernel sums the blocks' parts in a fixed order: the same
+// bits every run.
 #include <climits>
 
 #include "common.cuh"
@@ -108,7 +109,8 @@ __global__ void reduce_kernel(RmsNormBwd a) {
   const int64_t c = blockIdx.x * 32ll + threadIdx.x;
   float sum = 0;
   if (c < a.hidden)
-    for (int64_t block = threadIdx.y; block < a.blocks; block += 8) sum += a.dweight_blocks[block * a.hidden + c];
+    for (int64_t block = threadIdx.y; block < a.blocks; block += 8)
+      sum += a.dweight_blocks[block * a.hidden + c];
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y || c >= a.hidden) return;
@@ -132,8 +134,8 @@ cudaError_t launch(const RmsNormFwd& a, cudaStream_t stream) {
 template <class T, class W, int N>
 cudaError_t launch(const RmsNormBwd& a, cudaStream_t stream) {
   const size_t shared = a.dweight ? a.hidden * sizeof(float) : 0;
-  cudaError_t error =
-      cudaFuncSetAttribute(bwd_kernel<T, W, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  cudaError_t error = cudaFuncSetAttribute(bwd_kernel<T, W, N>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared));
   if (error != cudaSuccess) return error;
   bwd_kernel<T, W, N><<<static_cast<unsigned>(a.blocks), threads_for(a.hidden, N), shared, stream>>>(a);
   if ((error = cudaGetLastError()) != cudaSuccess || !a.dweight) return error;
@@ -170,7 +172,8 @@ cudaError_t rms_norm_bwd(const RmsNormBwd& a, cudaStream_t stream) {
   const int64_t size = size_of(a.dtype);
   return dispatch(a,
                   aligned(a.dy, a.dy_stride * size) && aligned(a.dh, a.dh_stride * size) &&
-                      aligned(a.h, a.h_stride * size) && aligned(a.weight, 0) && aligned(a.dx, a.hidden * size),
+                      aligned(a.h, a.h_stride * size) && aligned(a.weight, 0) &&
+                      aligned(a.dx, a.hidden * size),
                   stream);
 }
 

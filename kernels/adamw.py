@@ -17,6 +17,9 @@ from . import backend as backends
 from . import checks, library
 
 
+_GRAD_DTYPES = (torch.float32, torch.bfloat16)
+
+
 def adamw(
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
@@ -37,7 +40,7 @@ def adamw(
 
     Args:
         params: contiguous, all of one dtype: fp32 or bf16.
-        grads: params' shapes; fp32 or bf16.
+        grads: params' shapes; fp32 or bf16 are read as they are, others are cast.
         exp_avgs, exp_avg_sqs: fp32, params' shapes.
         masters: fp32 masters of bf16 params, or empty when the params are fp32.
         step: t, from 1.
@@ -55,11 +58,13 @@ def adamw(
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         checks.in_range(name, value, 0, 1 - 1e-12, "a number from 0 up to, but not, 1")
     checks.in_range("step", step, 1, 2**53, "a whole number from 1 on")
-    numbers = (lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+    if step != int(step):
+        raise ValueError(f"step: got {step}, takes a whole number from 1 on")
+    numbers = (lr, beta1, beta2, eps, weight_decay, int(step), grad_scale)
     if backends.choose("adamw", params[0], backend) == "reference":
         adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters, *numbers)
         return
-    grads = [g.contiguous() for g in grads]
+    grads = [g.contiguous() if g.dtype in _GRAD_DTYPES else g.float().contiguous() for g in grads]
     torch.ops.openllama.adamw_(params, grads, exp_avgs, exp_avg_sqs, masters, *numbers)
 
 

@@ -62,7 +62,7 @@ def attention(
     if cu_seqlens is None:
         return _sdpa(q, k, v, causal, scale)
     if q.numel() == 0:
-        return q * 1  # nothing to attend to, but still part of the graph
+        return q + 0 * (k.sum() + v.sum())  # nothing to attend to, but all three are part of the graph
     if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale)
     return _per_document(q, k, v, cu_seqlens, causal, scale)
@@ -120,6 +120,9 @@ def _check(q, k, v, cu_seqlens, max_seqlen) -> None:
             raise ValueError(
                 f"cu_seqlens: got {borders[:8]}..{borders[-1]}, takes 0 to q's {len(q)} tokens, not falling"
             )
+        longest = max(end - start for start, end in zip(borders, borders[1:]))
+        if max_seqlen < longest:
+            raise ValueError(f"max_seqlen: got {max_seqlen}, takes at least the longest document's {longest}")
 
 
 def attention_reference(

@@ -3,8 +3,8 @@
     loss = logsumexp(logits) - logits[label]
     dlogits = (softmax(logits) - onehot(label)) * dloss
 
-Forward keeps one fp32 number a row (the logsumexp) beside the logits; PyTorch keeps the log-softmax, a second tensor of
-the logits' size. All arithmetic is fp32.
+Forward keeps two fp32 numbers a row beside the logits, whose sum is the logsumexp (one number would lose the small part
+where logits are large); PyTorch keeps the log-softmax, a second tensor of the logits' size. All arithmetic is fp32.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 @library.fake("cross_entropy_fwd")
 def _(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = (logits.shape[0],)
-    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
+    rows = logits.shape[0]
+    return logits.new_empty((rows,), dtype=torch.float32), logits.new_empty((rows, 2), dtype=torch.float32)
 
 
 @library.fake("cross_entropy_bwd")

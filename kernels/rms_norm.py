@@ -59,8 +59,7 @@ def rms_norm(
     _check(x, weight, eps, residual)
     if backends.choose("rms_norm", x, backend, x.shape[-1]) == "reference":
         return rms_norm_reference(x, weight, eps, residual)
-    y, h = _RmsNorm.apply(x, weight, residual, eps)
-    return y if residual is None else (y, h)
+    return _RmsNorm.apply(x, weight, residual, eps)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None) -> None:
@@ -82,16 +81,17 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         hidden = x.shape[-1]
         flat = checks.rows(x, hidden)
         flat_residual = None if residual is None else checks.rows(residual, hidden)
         y, h, rstd = torch.ops.openllama.rms_norm_fwd(flat, flat_residual, weight.contiguous(), eps)
         ctx.save_for_backward(flat if residual is None else h, weight, rstd)
-        return y.view(x.shape), None if residual is None else h.view(x.shape)
+        # one output, not (y, None): dynamo can't trace the gradient of None
+        return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor, dh: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dy: torch.Tensor, dh: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
         h, weight, rstd = ctx.saved_tensors
         hidden = h.shape[-1]
         need_x, need_weight, need_residual, _ = ctx.needs_input_grad

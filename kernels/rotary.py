@@ -49,14 +49,15 @@ def rotary(
         (checked where the tensors are on the CPU).
     """
     rotated = _check(x, cos, sin, positions, rotated)
-    dense = x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+    dense = _is_dense(x)
     if backends.choose("rotary", x, backend) == "reference":
+        _check_positions(positions, cos)
         out = rotary_reference(x, cos, sin, positions, rotated)
         return x.copy_(out) if inplace else out
     if inplace and not dense:
         raise ValueError(f"x: got strides {x.stride()}, takes heads that lie side by side when inplace")
-    x = x if dense else x.contiguous()
-    return _Rotary.apply(x, cos, sin, positions.to(torch.int32), rotated, inplace)
+    x = x if dense else x.clone(memory_format=torch.contiguous_format)
+    return _Rotary.apply(x, cos, sin, _as_int32(positions), rotated, inplace)
 
 
 def rotary_tables(
@@ -94,13 +95,13 @@ def _scale(frequencies: torch.Tensor, scaling: dict[str, Any] | None) -> torch.T
 
 def _check(x, cos, sin, positions, rotated: int | None) -> int:
     checks.is_float("x", x)
-    if x.dim() != 3 or x.shape[2] % 2:
+    if x.dim() != 3 or x.shape[2] % 2 or x.shape[2] == 0:
         raise ValueError(
             f"x: got shape {tuple(x.shape)}, takes (tokens, heads, head_dim) with an even head_dim"
         )
     for name, table in (("cos", cos), ("sin", sin)):
         checks.same_dtype(name, table, torch.float32, "the tables")
-        checks.has_shape(name, table, (cos.shape[0], x.shape[2] // 2), "positions, head_dim / 2")
+        checks.has_shape(name, table, (*cos.shape[:1], x.shape[2] // 2), "positions, head_dim / 2")
         checks.same_device(name, table, x.device, "x")
     checks.is_integer("positions", positions)
     checks.has_shape("positions", positions, (x.shape[0],), "tokens")
@@ -109,6 +110,17 @@ def _check(x, cos, sin, positions, rotated: int | None) -> int:
     if not 0 <= rotated <= x.shape[1]:
         raise ValueError(f"rotated: got {rotated}, takes 0 to x's {x.shape[1]} heads")
     return rotated
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether the heads of a token lie side by side. (is_contiguous() says nothing of the stride of a single head.)"""
+    return x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
+def _as_int32(positions: torch.Tensor) -> torch.Tensor:
+    if positions.dtype == torch.int32:
+        return positions
+    return positions.clamp(-(2**31), 2**31 - 1).to(torch.int32)  # 2^32 must not become 0
 
 
 class _Rotary(torch.autograd.Function):
@@ -126,7 +138,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
-        dx = torch.ops.openllama.rotary(dout.contiguous(), cos, sin, positions, ctx.rotated, True)
+        dout = dout if _is_dense(dout) else dout.clone(memory_format=torch.contiguous_format)
+        dx = torch.ops.openllama.rotary(dout, cos, sin, positions, ctx.rotated, True)
         return dx, None, None, None, None, None
 
 
@@ -138,6 +151,19 @@ def _(x: torch.Tensor, cos, sin, positions, rotated: int, inverse: bool) -> torc
 @library.fake("rotary_")
 def _(x: torch.Tensor, cos, sin, positions, rotated: int, inverse: bool) -> None:
     return None
+
+
+def _check_positions(positions: torch.Tensor, cos: torch.Tensor) -> None:
+    """On the CPU only, as the values of a GPU tensor would have to be waited for; indexing would read -1 as the last."""
+    if positions.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    outside = (positions < 0) | (positions >= len(cos))
+    if outside.any():
+        i = int(outside.nonzero()[0])
+        raise RuntimeError(
+            f"rotary: positions[{i}] is {positions[i]}, outside the table's {len(cos)} rows; "
+            "raise max_positions or shorten the input"
+        )
 
 
 def rotary_reference(

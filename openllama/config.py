@@ -76,7 +76,7 @@ def from_dict(cls: type[T], values: dict[str, Any], source: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise ValueError(f"{source}: unknown key {key!r}{nearest(key, fields)}")
+            raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), fields)}")
     missing = [
         n
         for n, f in fields.items()
@@ -107,7 +107,10 @@ def load(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"override {override!r}: {part!r} is not a group of keys")
-        inner[last] = yaml.safe_load(value)
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError as e:
+            raise ValueError(f"override {override!r}: the value is not valid YAML: {e}") from None
     return from_dict(cls, values, str(path))
 
 

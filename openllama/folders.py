@@ -27,7 +27,7 @@ def written_aside(
     """
     folder = Path(os.path.abspath(folder))
     occupied = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
-    if occupied and not replaceable(folder):
+    if occupied and not (folder.is_dir() and replaceable(folder)):
         raise FileExistsError(
             f"{folder}: is there already and holds something else; takes a new or empty folder, name another"
         )
@@ -42,8 +42,10 @@ def written_aside(
     try:
         aside.mkdir()
         yield aside
-        for path in (*aside.iterdir(), aside):
+        for path in aside.iterdir():
+            path.chmod(aside.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
             _sync(path)
+        _sync(aside)
         _move_into_place(aside, folder)
     except BaseException as e:
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,48 +10,23 @@ untied. That can't be undone: imported again, such a model is an untied one with
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
 from openllama import pretrained
-from openllama.config import ModelConfig, from_dict
+from openllama.config import ModelConfig
 from openllama.folders import written_aside
+from openllama.hf_config import MARK, config_from_hf, config_to_hf
 from openllama.model import Llama
 
 INDEX = "model.safetensors.index.json"
-MARK = "openllama_version"  # in config.json: this folder is an export of ours, which a newer one may replace
 SHARD_BYTES = 5_000_000_000  # HuggingFace's habit
-
-# HuggingFace's names and ours, of what every model must say.
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden",
-    "intermediate_size": "intermediate",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-}
-# What we don't build, by the values that stand for its absence.
-_ABSENT: dict[str, tuple[Any, ...]] = {
-    "hidden_act": (None, "silu"),
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "pretraining_tp": (None, 0, 1),
-    "sliding_window": (None,),
-    "use_sliding_window": (None, False),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "quantization_config": (None,),
-}
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
 class Part(NamedTuple):
@@ -125,44 +100,23 @@ def export_hf(
         FileExistsError: something else lies there. ValueError: a tokenizer that doesn't fit. OSError: a full disk.
     """
     dtype = dtype or model.embed.weight.dtype
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    special: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer_model is not None:
-        from openllama import hf_tokenizer  # needs sentencepiece and tokenizers, which weights don't
-
-        special = hf_tokenizer.special_ids(tokenizer_model, model.config.vocab_size)
+        special = _hf_tokenizer().special_ids(tokenizer_model, model.config.vocab_size)
     size = exported_parameter_count(model.config) * dtype.itemsize
     with written_aside(folder, size + 2**24, _is_our_export) as aside:
         if tokenizer_model is not None:
-            hf_tokenizer.write(tokenizer_model, aside, model.config.max_positions)
+            _hf_tokenizer().write(tokenizer_model, aside, model.config.max_positions)
         _write_json(aside / "config.json", config_to_hf(model.config, dtype) | special)
         _write_json(aside / "generation_config.json", special)
         _write_weights(model, aside, dtype, shard_bytes)
     return Path(folder)
 
 
-def config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """HuggingFace's config.json of this shape. Rotary settings are there in both forms, before and since transformers 5."""
-    c = config
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{theirs: getattr(c, ours) for theirs, ours in _SIZES.items()},
-        "num_key_value_heads": c.kv_heads,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": c.max_positions,
-        "initializer_range": c.init_std,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": c.rope_scaling,
-        "rope_parameters": {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta},
-        "tie_word_embeddings": c.tied and not c.stable_embedding,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        MARK: importlib.metadata.version("openllama"),
-    }
+def _hf_tokenizer() -> ModuleType:
+    from openllama import hf_tokenizer  # needs sentencepiece and tokenizers, which weights alone don't
+
+    return hf_tokenizer
 
 
 def _write_weights(model: Llama, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
@@ -189,18 +143,14 @@ def _exported(model: Llama, state: dict[str, torch.Tensor], part: Part, dtype: t
 
 def _is_our_export(folder: Path) -> bool:
     """Whether nothing is lost when a new export takes this folder's place."""
-    config = folder / "config.json"
-    names = {p.name for p in folder.iterdir()}
-    written = {
-        "config.json",
-        "generation_config.json",
-        INDEX,
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-    }
-    rest = [n for n in names - written if not (n.startswith("model") and n.endswith(".safetensors"))]
-    return config.is_file() and not rest and MARK in pretrained.read_config(config)
+    written = {"config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json"}
+    written |= {pretrained.TOKENIZER, *(p.name for p in folder.glob("model*.safetensors"))}
+    if {p.name for p in folder.iterdir()} - written or not (folder / "config.json").is_file():
+        return False
+    try:
+        return MARK in pretrained.read_config(folder / "config.json")
+    except ValueError:
+        return False
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -249,66 +199,6 @@ def import_hf(
     if tied_head:
         _check_tied_head(model, files, folder)
     return model
-
-
-def config_from_hf(values: dict[str, Any], source: str = "config.json") -> ModelConfig:
-    """Our config from HuggingFace's dictionary. Raises ValueError naming `source` and whatever we don't build."""
-    kind, architectures = values.get("model_type"), values.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or architectures != ["LlamaForCausalLM"]:
-        raise ValueError(
-            f"{source}: got model_type {kind!r}, architectures {architectures}, takes 'llama', ['LlamaForCausalLM']"
-        )
-    for key, absent in _ABSENT.items():
-        if values.get(key) not in absent:
-            raise ValueError(
-                f"{source}: {key}: got {values[key]!r}, takes {absent[-1]!r}: nothing else is supported"
-            )
-    for key in _SIZES:
-        if type(values.get(key)) is not int:
-            raise ValueError(f"{source}: {key}: got {values.get(key)!r}, takes a whole number")
-    max_positions = values.get("max_position_embeddings") or 2048
-    theta, scaling = _rope_from_hf(values, max_positions, source)
-    ours = {
-        **{ours: values[theirs] for theirs, ours in _SIZES.items()},
-        "kv_heads": values.get("num_key_value_heads") or 0,
-        "head_dim": values.get("head_dim") or 0,
-        "max_positions": max_positions,
-        "norm_eps": values.get("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "tied": values.get("tie_word_embeddings", False),
-        "init_std": values.get("initializer_range", 0.02),
-    }
-    return from_dict(ModelConfig, ours, source)
-
-
-def _rope_from_hf(
-    values: dict[str, Any], max_positions: int, source: str
-) -> tuple[float, dict[str, Any] | None]:
-    """theta and our rope_scaling, from `rope_scaling` + `rope_theta` (transformers 4) or `rope_parameters` (5)."""
-    where = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    given = {k: v for k, v in (values.get(where) or {}).items() if v is not None}
-    theta = given.pop("rope_theta", values.get("rope_theta") or 10000.0)
-    legacy = given.pop("type", None)
-    kind = given.pop("rope_type", legacy or "default")
-    if kind not in _ROPE_KEYS:
-        raise ValueError(f"{source}: {where}: got rope_type {kind!r}, takes one of {', '.join(_ROPE_KEYS)}")
-    if given.pop("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"{source}: {where}: got a partial_rotary_factor, takes rotary over the whole head")
-    if kind == "llama3":
-        given.setdefault("original_max_position_embeddings", max_positions)
-    for key in _ROPE_KEYS[kind]:
-        value = given.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{source}: {where}: {key}: got {value!r}, takes a number above 0 for {kind!r}")
-    # What the type doesn't use is left out (transformers ignores it with a warning), but not what would change it.
-    for key in given.keys() - set(_ROPE_KEYS[kind]):
-        if isinstance(given[key], dict):
-            raise ValueError(f"{source}: {where}: got {key}, takes one setting for all layers")
-    return theta, None if kind == "default" else {
-        "rope_type": kind,
-        **{k: given[k] for k in _ROPE_KEYS[kind]},
-    }
 
 
 def _weight_files(folder: Path) -> list[Path]:

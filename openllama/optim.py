@@ -10,12 +10,19 @@ import torch
 
 from openllama.ops import adamw
 
+#: Parameter dtypes that have an fp32 master.
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def _wide(p: torch.Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW with fp32 moments, and an fp32 master weight for each parameter that is not fp32 itself.
+    """AdamW with fp32 moments, and an fp32 master weight for each bf16 or fp16 parameter.
 
-    State of a parameter: `step` (a tensor of one fp32 number), `exp_avg`, `exp_avg_sq` (fp32) and, for bf16 and fp16
-    parameters, `master` (fp32). State dicts carry all of it, unrounded.
+    State of a parameter: `step` (a tensor of one fp32 number), `exp_avg`, `exp_avg_sq` (fp32; fp64 for an fp64
+    parameter) and, for bf16 and fp16 parameters, `master` (fp32). State dicts carry all of it, unrounded.
     """
 
     def __init__(
@@ -41,15 +48,14 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for (step, dtype, device), params in self._buckets(group).items():
-                del device
+            for (step, dtype, _), params in self._buckets(group).items():
                 states = [self.state[p] for p in params]
                 adamw(
                     params,
                     [p.grad for p in params],
                     [s["exp_avg"] for s in states],
                     [s["exp_avg_sq"] for s in states],
-                    [] if dtype == torch.float32 else [s["master"] for s in states],
+                    [s["master"] for s in states] if dtype in HALVES else [],
                     lr=float(group["lr"]),
                     beta1=group["betas"][0],
                     beta2=group["betas"][1],
@@ -57,6 +63,8 @@ class AdamW(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"],
                     step=step,
                 )
+                for s in states:  # after the op, which raises before it writes
+                    s["step"] += 1
         return loss
 
     def _buckets(self, group: dict[str, Any]) -> dict[tuple, list[torch.Tensor]]:
@@ -70,16 +78,15 @@ class AdamW(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 self._start(p, state)
-            state["step"] += 1
-            buckets[int(state["step"]), p.dtype, p.device].append(p)
+            buckets[int(state["step"]) + 1, p.dtype, p.device].append(p)
         return buckets
 
     @staticmethod
     def _start(p: torch.Tensor, state: dict[str, Any]) -> None:
         state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+        state["exp_avg"] = torch.zeros_like(p, dtype=_wide(p), memory_format=torch.contiguous_format)
         state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-        if p.dtype != torch.float32:
+        if p.dtype in HALVES:
             state["master"] = p.detach().to(torch.float32).contiguous()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -88,8 +95,8 @@ class AdamW(torch.optim.Optimizer):
         groups = zip(self.param_groups, state_dict["param_groups"])
         for p, key in ((p, k) for g, saved in groups for p, k in zip(g["params"], saved["params"])):
             for name, value in state_dict["state"].get(key, {}).items():
-                device = "cpu" if name == "step" else p.device
-                self.state[p][name] = value.detach().to(device, torch.float32, copy=True)
+                device, dtype = ("cpu", torch.float32) if name == "step" else (p.device, _wide(p))
+                self.state[p][name] = value.detach().to(device, dtype, copy=True)
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ def find_config(name: str) -> ModelConfig:
     """A preset by name, or a model folder's config.json. Raises ValueError naming the nearest preset."""
     path = Path(name)
     if name not in PRESETS and (path.suffix == ".json" or path.exists()):
-        from openllama.hf import config_from_hf
+        from openllama.hf_config import config_from_hf
         from openllama.pretrained import read_config
 
         path = path / "config.json" if path.is_dir() else path
@@ -57,7 +57,7 @@ def layer_table(config: ModelConfig, seq: int = 64) -> str:
         f"Non-trainable params: 0\n"
         f"Weights: {total * 2 / 1e9:.2f} GB in bfloat16, {total * 4 / 1e9:.2f} GB in float32\n"
         f"Training FLOPs per token at {config.max_positions} tokens: "
-        f"{flops_per_token(config, config.max_positions) / 1e9:.2f} G (6 x multiplying parameters + causal attention)"
+        f"{flops_per_token(config, config.max_positions) / 1e9:.4g} G (6 x multiplying parameters + causal attention)"
     )
     return "\n".join([rule, header, rule, body, rule, totals, rule])
 

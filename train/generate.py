@@ -44,9 +44,10 @@ def arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     model, tokenizer_path = load_model(args.checkpoint, device=args.device)
-    if not (args.tokenizer or tokenizer_path):
+    tokenizer_path = args.tokenizer or tokenizer_path
+    if tokenizer_path is None:
         raise ValueError(f"{args.checkpoint}: holds no tokenizer.model; name one with --tokenizer")
-    tokenizer = Tokenizer(args.tokenizer or tokenizer_path)
+    tokenizer = Tokenizer(tokenizer_path)
     prompts = args.prompt or [""]
     ids = [
         [tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts

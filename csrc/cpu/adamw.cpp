@@ -10,15 +10,14 @@ template <class P, class G>
 void update(const AdamWTensor& t, const AdamWStep& s, int64_t begin, int64_t end) {
   P* param = static_cast<P*>(t.param);
   const G* grad = static_cast<const G*>(t.grad);
-  const float keep = 1.0f - s.lr * s.weight_decay;
   const bool has_master = t.master != nullptr;
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
     const float g = to_float(grad[i]) * s.grad_scale;
-    const float m = t.exp_avg[i] + (g - t.exp_avg[i]) * (1.0f - s.beta1);
-    const float v = s.beta2 * t.exp_avg_sq[i] + (1.0f - s.beta2) * g * g;
+    const float m = t.exp_avg[i] + (g - t.exp_avg[i]) * s.new1;
+    const float v = s.beta2 * t.exp_avg_sq[i] + s.new2 * g * g;
     const float weight = has_master ? t.master[i] : to_float(param[i]);
-    const float next = weight * keep - s.step_size * m / (std::sqrt(v) / s.bias2_sqrt + s.eps);
+    const float next = weight * s.keep - s.step_size * m / (std::sqrt(v) / s.bias2_sqrt + s.eps);
     t.exp_avg[i] = m;
     t.exp_avg_sq[i] = v;
     if (has_master) t.master[i] = next;

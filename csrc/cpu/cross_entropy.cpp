@@ -1,5 +1,6 @@
-// Cross-entropy over rows of logits. Forward keeps only the logsumexp of a row; backward recomputes the softmax from
-// it, so that nothing of the logits' size is stored in between.
+// Cross-entropy over rows of logits. Forward keeps only the logsumexp of a row, as its largest logit and the
+// log of the sum above that; backward recomputes the softmax from it, so that nothing of the logits' size is
+// stored in between.
 #include <cmath>
 
 #include "vec.h"
@@ -27,14 +28,25 @@ float maximum(const T* logits, int64_t vocab) {
 
 bool outside(const CrossEntropy& a, int64_t label) { return label < 0 || label >= a.vocab; }
 
+struct LogSumExp {
+  float top, log_sum;
+};
+
+// Sums of 1,024, then their sum: the rounding of one long sum would grow with the vocabulary.
 template <class T>
-float logsumexp(const T* logits, int64_t vocab) {
+LogSumExp logsumexp(const T* logits, int64_t vocab) {
   float top = maximum(logits, vocab);
   if (std::isinf(top)) top = top > 0 ? 0.0f : top;  // +inf: let exp overflow to inf, as it should
-  if (std::isinf(top)) return top;                  // all -inf
+  if (std::isinf(top)) return {top, 0.0f};          // all -inf
   float sum = 0;
-  for (int64_t c = 0; c < vocab; ++c) sum += exp(to_float(logits[c]) - top);
-  return top + std::log(sum);
+  for (int64_t begin = 0; begin < vocab; begin += 1024) {
+    const int64_t end = begin + 1024 < vocab ? begin + 1024 : vocab;
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t c = begin; c < end; ++c) part += exp(to_float(logits[c]) - top);
+    sum += part;
+  }
+  return {top, std::log(sum)};
 }
 
 }  // namespace
@@ -46,15 +58,16 @@ int64_t cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
     using T = decltype(t);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t label = a.labels[i];
-      a.loss[i] = a.lse[i] = 0;
+      a.loss[i] = a.lse[2 * i] = a.lse[2 * i + 1] = 0;
       if (label == a.ignore_index) continue;
       if (outside(a, label)) {
         bad = i;
         return;
       }
       const T* logits = row<T>(a.logits, i, a.logits_stride);
-      a.lse[i] = logsumexp(logits, a.vocab);
-      a.loss[i] = a.lse[i] - to_float(logits[label]);
+      const LogSumExp lse = logsumexp(logits, a.vocab);
+      a.lse[2 * i] = lse.top, a.lse[2 * i + 1] = lse.log_sum;
+      a.loss[i] = lse.log_sum - (to_float(logits[label]) - lse.top);
     }
   });
   return bad;
@@ -76,10 +89,10 @@ int64_t cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
         return;
       }
       const T* logits = row<T>(a.logits, i, a.logits_stride);
-      const float lse = a.lse[i], scale = a.dloss[i];
-      for (int64_t c = 0; c < a.vocab; ++c)
-        dlogits[c] = from_float<T>(exp(to_float(logits[c]) - lse) * scale);
-      dlogits[label] = from_float<T>((exp(to_float(logits[label]) - lse) - 1.0f) * scale);
+      const float top = a.lse[2 * i], log_sum = a.lse[2 * i + 1], scale = a.dloss[i];
+      const auto softmax = [&](int64_t c) { return exp((to_float(logits[c]) - top) - log_sum); };
+      for (int64_t c = 0; c < a.vocab; ++c) dlogits[c] = from_float<T>(softmax(c) * scale);
+      dlogits[label] = from_float<T>((softmax(label) - 1.0f) * scale);
     }
   });
   return bad;

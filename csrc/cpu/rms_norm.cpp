@@ -1,5 +1,5 @@
-// RMSNorm (Zhang and Sennrich, 2019) with the residual add fused in: one read and one write of each row; the second
-// pass over a row finds it in cache.
+// RMSNorm (Zhang and Sennrich, 2019) with the residual add fused in: one read and one write of each row; the
+// second pass over a row finds it in cache.
 #include <cmath>
 
 #include "vec.h"
@@ -17,12 +17,14 @@ void fwd(const RmsNormFwd& a, int64_t begin, int64_t end) {
     if (a.residual) {
       const T* residual = row<T>(a.residual, i, a.residual_stride);
       T* h = row<T>(a.h, i, a.hidden);
+#pragma omp simd reduction(+ : sum)
       for (int64_t c = 0; c < a.hidden; ++c) {
         h[c] = from_float<T>(to_float(x[c]) + to_float(residual[c]));
         sum += to_float(h[c]) * to_float(h[c]);
       }
       x = h;
     } else {
+#pragma omp simd reduction(+ : sum)
       for (int64_t c = 0; c < a.hidden; ++c) sum += to_float(x[c]) * to_float(x[c]);
     }
     const float rstd = 1.0f / std::sqrt(sum / float(a.hidden) + a.eps);
@@ -42,6 +44,7 @@ void bwd_row(const RmsNormBwd& a, int64_t i, float* dweight) {
   if (!a.dx) return;
   T* dx = row<T>(a.dx, i, a.hidden);
   float dot = 0;
+#pragma omp simd reduction(+ : dot)
   for (int64_t c = 0; c < a.hidden; ++c) dot += to_float(dy[c]) * to_float(weight[c]) * to_float(h[c]);
   const float scale = dot * rstd * rstd * rstd / float(a.hidden);
   if (a.dh) {
@@ -63,12 +66,11 @@ void with_dtypes(Dtype dtype, Dtype weight_dtype, F body) {
 }  // namespace
 
 void rms_norm_fwd(const RmsNormFwd& a, int64_t begin, int64_t end) {
-  with_dtypes(a.dtype, a.weight_dtype,
-              [&](auto t, auto w) { fwd<decltype(t), decltype(w)>(a, begin, end); });
+  with_dtypes(a.dtype, a.weight_dtype, [&](auto t, auto w) { fwd<decltype(t), decltype(w)>(a, begin, end); });
 }
 
-// Block b owns rows [b, b + 1) * rows / blocks and its own partial sum of dweight, so that the result does not
-// depend on how many threads there are.
+// Block b owns rows [b, b + 1) * rows / blocks and its own partial sum of dweight, so that the result does
+// not depend on how many threads there are.
 void rms_norm_bwd(const RmsNormBwd& a, int64_t block) {
   float* dweight = a.dweight_blocks ? a.dweight_blocks + block * a.hidden : nullptr;
   if (dweight)

@@ -5,11 +5,10 @@ namespace openllama::cpu::CPU_ARCH {
 namespace {
 
 template <class T>
-int64_t rotate(const Rotary& a, int64_t begin, int64_t end) {
+void rotate(const Rotary& a, int64_t begin, int64_t end) {
   const int64_t half = a.head_dim / 2;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t position = a.positions[i];
-    if (position < 0 || position >= a.table_rows) return i;
     const float* cos = a.cos + position * half;
     const float* sin = a.sin + position * half;
     const float sign = a.inverse ? -1.0f : 1.0f;
@@ -28,16 +27,13 @@ int64_t rotate(const Rotary& a, int64_t begin, int64_t end) {
     if (a.out != a.x)
       for (int64_t c = a.rotated * a.head_dim; c < a.heads * a.head_dim; ++c) out[c] = x[c];
   }
-  return -1;
 }
 
 }  // namespace
 
-// Returns the first token whose position is outside the table, or -1.
-int64_t rotary(const Rotary& a, int64_t begin, int64_t end) {
-  int64_t bad = -1;
-  with_dtype(a.dtype, [&](auto t) { bad = rotate<decltype(t)>(a, begin, end); });
-  return bad;
+// Positions must lie within the tables.
+void rotary(const Rotary& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto t) { rotate<decltype(t)>(a, begin, end); });
 }
 
 }  // namespace openllama::cpu::CPU_ARCH

@@ -31,28 +31,14 @@ inline bf16 from_float<bf16>(float v) {
   return {uint16_t(v != v ? 0x7fc0 : rounded)};
 }
 
-// Stops -fassociative-math (meant for sums) from merging the two halves of ln2 below, which costs 3 bits of exp far
-// from 0. g++ 11 has no such thing and loses them.
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_assoc_barrier)
-#define OPENLLAMA_KEEP(expression) __builtin_assoc_barrier(expression)
-#elif __has_builtin(__arithmetic_fence)
-#define OPENLLAMA_KEEP(expression) __arithmetic_fence(expression)
-#endif
-#endif
-#ifndef OPENLLAMA_KEEP
-#define OPENLLAMA_KEEP(expression) (expression)
-#endif
-
-// exp to about 1 ulp: x = n ln2 + r with |r| <= ln2 / 2, the polynomial of Cephes' expf for exp(r), and 2^n in two
-// factors, so that results near both ends of the range are right. NaN stays NaN, -inf gives 0.
+// exp to about 1 ulp: x = n ln2 + r with |r| <= ln2 / 2, the polynomial of Cephes' expf for exp(r), and 2^n
+// in two factors, so that results near both ends of the range are right. NaN stays NaN, -inf gives 0.
 inline float exp(float x) {
   const float raised = x < -104.0f ? -104.0f : x;
   const float clamped = raised > 89.0f ? 89.0f : raised;
   const float scaled = clamped * 1.44269504f;
   const int n = int(scaled + __builtin_copysignf(0.5f, scaled));
-  const float near = OPENLLAMA_KEEP(clamped - float(n) * 0.693359375f);
-  const float r = near - float(n) * -2.12194440e-4f;
+  const float r = (clamped - float(n) * 0.693359375f) - float(n) * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;

@@ -23,7 +23,9 @@ class TrainConfig:
 
     valid_shards: str | None = None  # held-out shards
     model: dict[str, Any] = field(default_factory=dict)  # fields of the preset to change
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; masters and moments are fp32
+    dtype: Literal["float32", "bfloat16"] = (
+        "bfloat16"  # of weights and activations; masters and moments are fp32
+    )
 
     context: int = 1024  # tokens in a pack; longer documents are split
     batch: int = 2  # packs in a micro-batch; lower it when memory runs out, and raise accumulation
@@ -47,7 +49,16 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio: through Accelerate
 
     def __post_init__(self) -> None:
-        for name in ("steps", "context", "batch", "accumulation", "log_every", "valid_every", "save_every", "keep"):
+        for name in (
+            "steps",
+            "context",
+            "batch",
+            "accumulation",
+            "log_every",
+            "valid_every",
+            "save_every",
+            "keep",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a whole number of at least 1")
         for name in ("lr", "eps", "clip"):
@@ -58,7 +69,9 @@ class TrainConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a number of at least 0")
         for name in ("beta1", "beta2", "min_lr_share"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, takes a number from 0 up to, but not, 1")
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, takes a number from 0 up to, but not, 1"
+                )
         self.model_config()
 
     def model_config(self) -> ModelConfig:

@@ -1,13 +1,8 @@
-"""Signals and full disks: what stops a run, without losing it."""
+"""Signals: what stops a run, without losing it."""
 
 from __future__ import annotations
 
-import errno
-import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 
 class StopSignal:
@@ -29,29 +24,3 @@ class StopSignal:
     def exit_code(self) -> int:
         """128 + signal, the shell's convention: 143 for SIGTERM."""
         return 128 + self.received if self.received else 0
-
-
-@contextmanager
-def removed_on_failure(folder: Path) -> Iterator[None]:
-    """Removes `folder`, half-written, when its writing fails; a full disk is named as such."""
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        # safetensors reports the system's error as text only
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise OSError(
-                errno.ENOSPC, "the disk is full; what was saved before is untouched; free space and go on", str(folder)
-            ) from error
-        raise
-
-
-def check_room(folder: Path, size: int) -> None:
-    """Raises OSError before anything is written where `size` bytes can't fit beside `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(
-            errno.ENOSPC,
-            f"a checkpoint takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; what was saved before is untouched",
-            str(folder),
-        )

@@ -1,7 +1,7 @@
 """Pre-training: from token shards to checkpoints, through Accelerate on any number of processes.
 
-One optimizer step is `accumulation` micro-batches on each of `world` processes. Its loss is the sum over all their real
-tokens divided by the number of those tokens, so micro-batches with more padding weigh less, as they should.
+One optimizer step is `accumulation` micro-batches on each process (openllama/training/step.py); this is what stands
+around it: setting up, resuming, validation, logs, checkpoints, signals.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from openllama import devices
 from openllama.data.cache import TokenCache, tokenize
@@ -27,6 +27,7 @@ from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.faults import StopSignal
 from openllama.training.monitor import Monitor
+from openllama.training.step import accumulate_in_fp32, batch_loss, sum_over_ranks, train_step
 
 
 class Trainer:
@@ -76,9 +77,8 @@ class Trainer:
         c = self.config
         groups = decay_groups(self.model, c.weight_decay)
         self.optimizer = AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
-        if self.world == 1 and self.dtype != torch.float32:
-            for p in self.model.parameters():  # micro-batches add up in fp32; DDP needs the weight's own dtype
-                p.grad_dtype = torch.float32
+        if self.world == 1:
+            accumulate_in_fp32(self.model)
         self.engine = self.accelerator.prepare_model(self.model)
 
     def _resume(self) -> None:
@@ -138,50 +138,21 @@ class Trainer:
         return 0
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step. Returns its statistics; loss and grad norm stay on the device, so nothing waits here."""
+        """The next optimizer step. Returns its statistics; loss and grad norm stay on the device: nothing waits here."""
         c = self.config
         self.step += 1
         lr = c.lr_at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         batches = [next(self.loader) for _ in range(c.accumulation)]
-        targets = self._sum_over_ranks(sum(b.targets for b in batches))
-        total = torch.zeros((), device=self.device)
-        for i, batch in enumerate(batches):
-            with self._sync_gradients(i == len(batches) - 1):
-                loss = self._loss(self.engine, batch)
-                # DDP averages over processes, so each one's sum is scaled up by their number
-                self.accelerator.backward(loss * (self.world / targets))
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.tokens += targets
-        return {
-            "loss": total / targets,
-            "grad_norm": norm,
-            "lr": lr,
-            "seq": sum(map(_squares, batches)) / sum(b.ids.numel() for b in batches),
-        }
+        result = train_step(self.engine, self.optimizer, batches, lr, c.clip, self.accelerator)
+        self.tokens += int(result.targets)
+        seq = sum(map(_squares, batches)) / sum(b.ids.numel() for b in batches)
+        return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "seq": seq}
 
-    def _loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        def put(t: torch.Tensor) -> torch.Tensor:
-            return (t.pin_memory() if self.device.type == "cuda" else t).to(self.device, non_blocking=True)
-
-        return model(
-            put(batch.ids), put(batch.positions), put(batch.cu_seqlens), batch.max_seqlen, labels=put(batch.labels)
-        )
-
-    def _sync_gradients(self, last: bool) -> Any:
-        return nullcontext() if last or self.world == 1 else self.accelerator.no_sync(self.engine)
-
-    def _sum_over_ranks(self, value: float) -> float:
-        if self.world == 1:
-            return value
-        return self.accelerator.reduce(torch.tensor(value, device=self.device, dtype=torch.float64), "sum").item()
+    def _sum(self, value: float) -> float:
+        return sum_over_ranks(value, self.accelerator)
 
     def _any_stopped(self) -> bool:
-        return self._sum_over_ranks(float(bool(self.stop.received))) > 0
+        return self._sum(float(bool(self.stop.received))) > 0
 
     # ------------------------------------------------------------ validation, logs, checkpoints
 
@@ -193,9 +164,9 @@ class Trainer:
         for i, batch in enumerate(self.valid_loader.one_epoch()):
             if limit and i >= limit:
                 break
-            total += self._loss(self.model, batch)
+            total += batch_loss(self.model, batch, self.device)
             targets += batch.targets
-        loss = self._sum_over_ranks(float(total)) / max(1.0, self._sum_over_ranks(targets))
+        loss = self._sum(float(total)) / max(1.0, self._sum(targets))
         tokens_per_byte = self.valid_loader.targets_per_epoch / self.valid_cache.text_bytes
         return {"valid_loss": loss, "valid_bits_per_byte": loss * tokens_per_byte / math.log(2)}
 
@@ -211,7 +182,7 @@ class Trainer:
             self.accelerator.log(result, step=self.step)
 
     def _log(self, statistics: dict[str, Any], last: tuple[float, float]) -> tuple[float, float]:
-        loss = self._sum_over_ranks(float(statistics["loss"]))
+        loss = self._sum(float(statistics["loss"]))
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"step {self.step}: the loss is {loss}; the checkpoints before it are untouched: lower lr "
@@ -247,10 +218,13 @@ class Trainer:
             "settings": dataclasses.asdict(c),
             "torch": torch.__version__,
         }
-        checkpoint.save(
-            self.checkpoints, self.step, self.model, self.optimizer, state, Path(c.tokenizer),
-            self.accelerator.process_index, self.accelerator.wait_for_everyone, c.keep,
-        )  # fmt: skip
+        states = gather_object([checkpoint.random_state()])
+        if self._is_main:
+            tokenizer = Path(c.tokenizer)
+            checkpoint.save(
+                self.checkpoints, self.step, self.model, self.optimizer, state, tokenizer, states, c.keep
+            )
+        self.accelerator.wait_for_everyone()
 
     def _announce(self) -> None:
         say, c, shape = self.monitor.say, self.config, self.model.config
@@ -262,7 +236,9 @@ class Trainer:
             f"{flops / 1e9:.3f} GFLOP a token at {c.context} = 6 x parameters that multiply + 6 x layers x heads x "
             "head_dim x seq (packed: seq = sum of len^2 / sum of len)"
         )
-        say(f"MFU = tokens/s x FLOP a token / peak; peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'N/A here'}")
+        say(
+            f"MFU = tokens/s x FLOP a token / peak; peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'N/A here'}"
+        )
         chosen = {op: backend.explain(op, self.device, self.dtype).backend for op in backend.TABLE}
         say("ops: " + ", ".join(f"{op} {name}" for op, name in chosen.items()))
         say(

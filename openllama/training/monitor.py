@@ -104,7 +104,9 @@ def plot_loss(metrics: Path, picture: Path, bigram_bits_per_byte: float | None =
     rate.plot([r["step"] for r in train], [r["lr"] for r in train], "k:", lw=0.8)
     rate.set_ylabel("learning rate (dotted)")
     left.legend()
-    right.plot([r["step"] for r in valid], [r["valid_bits_per_byte"] for r in valid], "o-", ms=4, label="this model")
+    right.plot(
+        [r["step"] for r in valid], [r["valid_bits_per_byte"] for r in valid], "o-", ms=4, label="this model"
+    )
     if bigram_bits_per_byte is not None:
         right.axhline(bigram_bits_per_byte, color="tab:red", ls="--", label="bigram model of the same tokens")
     right.set(xlabel="optimizer step", ylabel="held out, bits/byte")

@@ -140,9 +140,9 @@ def test_impossible_label_names_its_row(label):
 
 
 def test_raw_backward_writes_nothing_for_an_impossible_label():
-    logits, rows = random((4, 41), F32, "cpu", 0), torch.zeros(4)
+    logits, dloss = random((4, 41), F32, "cpu", 0), torch.zeros(4)
     with pytest.raises(RuntimeError, match=r"labels\[1\] is 1000"):
-        torch.ops.openllama.cross_entropy_bwd(rows, logits, torch.tensor([0, 1000, 2, 3]), rows, -100)
+        torch.ops.openllama.cross_entropy_bwd(dloss, logits, torch.tensor([0, 1000, 2, 3]), torch.zeros(4, 2), -100)
 
 
 def test_any_leading_shape(device):

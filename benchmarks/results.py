@@ -1,0 +1,75 @@
+"""One schema for every stored figure: benchmarks/results/NAME-DEVICE.json, rewritten by a run of its command."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openllama import devices
+
+FOLDER = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "accelerate")
+
+
+def write(name: str, rows: list[dict[str, Any]], device: torch.device, folder: Path = FOLDER) -> Path:
+    """Stores rows of {"bench", "shape", "impl", "ms", "rate", "unit", ...} with where they come from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    called = "cpu" if device.type == "cpu" else re.sub(r"\W+", "-", devices.name(device).lower())
+    path = folder / f"{name}-{called}.json"
+    record = {
+        "command": " ".join([Path(sys.executable).name, *_readable(sys.orig_argv[1:])]),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "device": f"{cpu_name()}, {torch.get_num_threads()} threads"
+        if device.type == "cpu"
+        else devices.name(device),
+        "versions": {"python": sys.version.split()[0], **_versions()},
+        "rows": rows,
+    }
+    aside = path.with_suffix(".writing")
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(aside, path)
+    return path
+
+
+def commit() -> str:
+    """The commit of the working tree, or `unknown` outside a clone."""
+    try:
+        return subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=FOLDER.parent,
+            text=True,
+            stderr=subprocess.DEVNULL,
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("OPENLLAMA_COMMIT", "unknown")
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def _readable(words: list[str]) -> list[str]:
+    """Paths inside the clone relative to it: a stored command says nothing of the machine."""
+    root = str(FOLDER.parent.parent)
+    return [word.replace(root + "/", "") for word in words]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

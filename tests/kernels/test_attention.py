@@ -1,0 +1,184 @@
+"""attention: dense, packed documents, grouped heads."""
+
+import pytest
+import torch
+
+from openllama.ops import attention
+
+from .contract import BF16, F16, F32, F64, Contract
+from .rule import all_near, laid_out, random, run
+
+
+def eager(q, k, v, cu_seqlens=None, max_seqlen=None, causal=True):
+    """Attention as a user writes it in q's dtype, a document at a time."""
+    if cu_seqlens is not None:
+        borders = cu_seqlens.tolist()
+        pieces = [eager(q[None, a:b], k[None, a:b], v[None, a:b], causal=causal) for a, b in zip(borders, borders[1:])]
+        return torch.cat(pieces, dim=1)[0]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def borders_of(rows, device, seed):
+    """Borders of random documents of `rows` tokens in all, some of them empty."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = torch.randint(rows + 1, (4,), generator=generator).sort().values.tolist()
+    return torch.tensor([0, *inner, inner[-1], rows], dtype=torch.int32, device=device)
+
+
+class Heads(Contract):
+    sizes = ((4, 2, 16), (1, 1, 8), (6, 1, 40), (3, 3, 64))  # heads, kv_heads, head_dim
+    factor = 2.0
+    ulps = 2.0
+    fuzz_cases = 60
+    layout_ulps = 8.0
+    fuzz_ulps = 16.0
+    terms = 1.0  # equal keys, as in an expanded k, have gradients that cancel
+
+    def eager(self, *arguments):
+        return eager(*arguments)
+
+    def op(self, *arguments, backend=None):
+        return attention(*arguments, backend=backend)
+
+    def fuzz_size(self, rng):
+        kv_heads = rng.choice((1, 2, 3))
+        return kv_heads * rng.choice((1, 2, 4)), kv_heads, rng.choice((8, 16, 24, 40, 64))
+
+    def test_opcheck(self):
+        """No op of ours is behind this one yet."""
+
+    test_fake_has_the_real_strides = test_opcheck
+
+
+class TestDense(Heads):
+    def make(self, rows, size, dtype, device, seed=0):
+        shapes = [(2, rows, heads, size[2]) for heads in (size[0], size[1], size[1])]
+        return [random(shape, dtype, device, seed + i) for i, shape in enumerate(shapes)], ()
+
+
+class TestPacked(Heads):
+    def make(self, rows, size, dtype, device, seed=0):
+        shapes = [(rows, heads, size[2]) for heads in (size[0], size[1], size[1])]
+        tensors = [random(shape, dtype, device, seed + i) for i, shape in enumerate(shapes)]
+        return tensors, (borders_of(rows, device, seed), rows)
+
+    test_compiled_equals_eager = None  # a document at a time needs its borders on the CPU: it is a graph break
+
+
+def packed(lengths, dtype=F32, device="cpu", heads=4, kv_heads=2, seed=0):
+    tensors, _ = TestPacked().make(sum(lengths), (heads, kv_heads, 16), dtype, device, seed)
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return tensors, (borders, max(lengths, default=0))
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F16))
+@pytest.mark.parametrize("causal", (True, False))
+def test_packed_is_each_document_alone(device, dtype, causal):
+    lengths = [7, 1, 30, 12]
+    tensors, constants = packed(lengths, dtype, device)
+    together = run(attention, tensors, constants, causal=causal)
+    pieces = zip(*(t.split(lengths) for t in tensors))
+    alone = [run(attention, [t[None] for t in piece], causal=causal, douts=[d[None]])
+             for piece, d in zip(pieces, random((50, 4, 16), dtype, device, 100).split(lengths))]  # fmt: skip
+    ulps = 0 if device == "cpu" else 4
+    all_near(together[0], [torch.cat([o[0][0] for o, _ in alone])], ulps)
+    for i in range(3):
+        all_near([together[1][i]], [torch.cat([g[i][0] for _, g in alone])], ulps)
+
+
+def test_a_document_does_not_see_another(device):
+    """Document B's outputs and gradients stay the same to the bit when A changes."""
+    lengths = [9, 20, 5]
+    tensors, constants = packed(lengths, BF16 if device == "cuda" else F32, device)
+    first = run(attention, tensors, constants)
+    for t in tensors:
+        t[:9] = t[:9] * 3 + 1
+    second = run(attention, tensors, constants)
+    for a, b in zip(first[0] + first[1], second[0] + second[1]):
+        assert torch.equal(a[9:], b[9:]) and not torch.equal(a[:9], b[:9])
+
+
+@pytest.mark.parametrize("lengths", ([0, 5, 0, 0, 7, 0], [0, 0, 0], [0], [3, 0]))
+def test_empty_documents(device, lengths):
+    tensors, constants = packed(lengths, device=device)
+    ours = run(attention, tensors, constants)
+    theirs = run(attention, *packed([n for n in lengths if n] or [0], device=device))
+    assert all(torch.equal(o, t) for o, t in zip(ours[0] + ours[1], theirs[0] + theirs[1]))
+
+
+def test_many_short_documents(device):
+    lengths = [1 + i % 3 for i in range(3000)]
+    tensors, constants = packed(lengths, BF16 if device == "cuda" else F32, device, heads=2, kv_heads=1)
+    (out,), grads = run(attention, tensors, constants)
+    assert all(t.isfinite().all() for t in (out, *grads))
+    assert torch.equal(out[0], tensors[2][0].expand(2, -1))  # the first document is one token: it sees itself
+
+
+def test_slices_of_one_packed_qkv(device):
+    qkv = random((20, 8, 16), BF16 if device == "cuda" else F32, device, 0)
+    pieces = qkv.split([4, 2, 2], dim=1)
+    constants = packed([8, 12], device=device)[1]
+    ours = run(attention, pieces, constants)
+    theirs = run(attention, [p.contiguous() for p in pieces], constants)
+    assert all(torch.equal(o, t) for o, t in zip(ours[0] + ours[1], theirs[0] + theirs[1]))
+
+
+def test_scale(device):
+    tensors, _ = TestDense().make(9, (2, 2, 16), F32, device)
+    doubled = run(attention, tensors, scale=0.5)
+    all_near(doubled[0], run(attention, [tensors[0] * 2, *tensors[1:]])[0], 4)  # 2 * 16 ** -0.5 = 0.5
+
+
+def test_packed_compiles_with_graph_breaks():
+    """On the CPU; a GPU's varlen kernel takes the borders as they are."""
+    torch._dynamo.reset()
+    tensors, constants = packed([4, 6])
+    compiled = torch.compile(attention, backend="aot_eager")
+    for ours, theirs in zip(run(compiled, tensors, constants), run(attention, tensors, constants)):
+        all_near(ours, theirs, 2)
+
+
+Q, K = torch.zeros(10, 4, 8), torch.zeros(10, 2, 8)
+
+
+def borders(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((Q, K, K), ValueError, r"q: got shape \(10, 4, 8\), takes \(batch, seq, heads, head_dim\)"),
+        ((Q[None], K[None], K[None], borders(0, 10), 10), ValueError, r"takes \(tokens, heads, head_dim\) with cu_seqlens"),
+        ((Q, K[:9], K, borders(0, 10), 10), ValueError, r"k: got shape \(9, 2, 8\), takes \(10, 2, 8\)"),
+        ((Q, K, K[..., :4], borders(0, 10), 10), ValueError, r"v: got shape \(10, 2, 4\)"),
+        ((Q, K.double(), K, borders(0, 10), 10), TypeError, "k: got torch.float64, takes q's torch.float32"),
+        ((Q, Q[:, :3], Q[:, :3], borders(0, 10), 10), ValueError, "k: got 3 heads, takes a divisor of q's 4"),
+        ((Q, Q[:, :0], Q[:, :0], borders(0, 10), 10), ValueError, "k: got 0 heads"),
+        ((Q, K, K, borders(0, 10, dtype=torch.int64), 10), TypeError, "cu_seqlens: got torch.int64"),
+        ((Q, K, K, borders(0), 10), ValueError, r"cu_seqlens: got shape \(1,\)"),
+        ((Q, K, K, borders(0, 10)), TypeError, "max_seqlen: got None"),
+        ((Q, K, K, borders(1, 10), 10), ValueError, r"cu_seqlens: got \[1, 10\].* takes 0 to q's 10 tokens"),
+        ((Q, K, K, borders(0, 9), 10), ValueError, "takes 0 to q's 10 tokens"),
+        ((Q, K, K, borders(0, 11), 11), ValueError, "takes 0 to q's 10 tokens"),
+        ((Q, K, K, borders(0, 7, 5, 10), 10), ValueError, "not falling"),
+        ((Q, K, K, borders(0, 4, 10), 5), ValueError, "max_seqlen: got 5, takes at least the longest document's 6"),
+        ((Q, K, Q[:, :1], borders(0, 10), 10), ValueError, r"v: got shape \(10, 1, 8\), takes \(10, 2, 8\)"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        attention(*arguments)
+
+
+def test_reference_is_the_definition():
+    """The mask written out in fp64 against documents cut apart."""
+    tensors, constants = packed([3, 0, 8, 1], F64)
+    ours = run(attention, tensors, constants, backend="reference")
+    theirs = run(eager, [laid_out(t, "slice") for t in tensors], constants)
+    all_near(ours[0] + ours[1], theirs[0] + theirs[1], 16)

@@ -1,0 +1,150 @@
+"""backend.py: which backend an op uses, how one is forced, and what happens without the native library."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from openllama.kernels import backend, library
+from openllama.ops import attention, cross_entropy, rms_norm, rotary, swiglu
+
+CPU, F32, F16 = torch.device("cpu"), torch.float32, torch.float16
+KERNELS = Path(library.PATH).parent
+
+
+def python(code, cwd=None, **environment):
+    """Runs `code` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_every_op_has_a_reference_last():
+    assert all(names[-1] == "reference" and set(names) <= set(backend.NAMES) for names in backend.TABLE.values())
+
+
+def test_explain_says_what_is_used_and_why_not_better():
+    choice = backend.explain("rms_norm", CPU, F32)
+    assert choice == ("cpu", (("cuda", "the tensors are on cpu"),))
+    choice = backend.explain("swiglu", CPU, F16)
+    assert choice == ("reference", (("cpu", "no torch.float16 kernel"),))
+    assert backend.explain("attention", CPU, F32).backend == "torch"
+    cuda = backend.explain("rms_norm", torch.device("cuda"), F32, hidden=20_000)
+    reason = dict(cuda.passed_over)["cuda"]
+    assert cuda.backend == "reference" and ("hidden=20000 is over 16384" in reason or "no nvcc" in reason)
+
+
+@pytest.mark.parametrize("name", backend.TABLE)
+def test_choice_is_what_explain_says(name):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert backend.choose(name, torch.empty(0, dtype=dtype), None) == backend.explain(name, CPU, dtype).backend
+
+
+X, W = torch.ones(2, 4), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: rms_norm(X, W, backend="cuda"), "rms_norm can't run on 'cuda' here: the tensors are on cpu; takes None"),
+        (lambda: rms_norm(X.half(), W, backend="cpu"), "rms_norm can't run on 'cpu' here: no torch.float16 kernel"),
+        (lambda: swiglu(X, backend="cuda"), "swiglu has no cuda kernel yet"),
+        (lambda: swiglu(X, backend="triton"), "swiglu has no triton kernel yet"),
+        (lambda: attention(*[X[None, :, None]] * 3, backend="cpu"), "attention has no cpu kernel"),
+        (lambda: cross_entropy(X, torch.tensor([0, 1]), backend="gpu"), "backend: got 'gpu', takes one of cuda, triton"),
+    ],
+)  # fmt: skip
+def test_forced_backend_that_cannot_run_says_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_forced_reference_runs():
+    x = torch.randn(3, 8)
+    assert torch.allclose(swiglu(x, backend="reference"), swiglu(x, backend="cpu"), atol=1e-6)
+    cos = sin = torch.ones(4, 1)
+    turned = rotary(x.view(3, 4, 2), cos, sin, torch.arange(3), backend="reference")
+    assert turned.shape == (3, 4, 2)
+
+
+SPY = """
+import torch, openllama.kernels.swiglu as m
+calls = []
+class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        calls.append(func.namespace)
+        return func(*args, **(kwargs or {}))
+with Spy():
+    m.swiglu(torch.ones(2, 4))
+print("openllama" in calls)
+"""
+
+
+@pytest.mark.parametrize("name, ours", (("reference", "False"), ("torch", "True")))
+def test_environment_forces_a_backend_where_an_op_has_it(name, ours):
+    result = python(SPY, OPENLLAMA_BACKEND=name)
+    assert result.stdout.strip() == ours, result.stderr
+
+
+@pytest.mark.parametrize(
+    "variable, value, message",
+    [
+        ("OPENLLAMA_BACKEND", "gpu", "OPENLLAMA_BACKEND: got 'gpu', takes one of cuda, triton, cpu, torch, reference"),
+        ("OPENLLAMA_CPU", "sse", "OPENLLAMA_CPU: got 'sse', takes one of base, avx2, avx512"),
+    ],
+)
+def test_unknown_environment_value_is_named(variable, value, message):
+    result = python("import openllama.ops", **{variable: value})
+    assert result.returncode and message in result.stderr
+
+
+def test_environment_forces_what_cannot_run():
+    result = python("import torch, openllama.ops as o; o.rms_norm(torch.ones(2, 4), torch.ones(4))",
+                    OPENLLAMA_BACKEND="cuda")  # fmt: skip
+    assert result.returncode and "rms_norm can't run on 'cuda' here: the tensors are on cpu" in result.stderr
+
+
+# Every op forward and backward, by the folder's modules alone.
+ALL_OPS = """
+import json, sys, torch
+from {package} import adamw, attention, backend, cross_entropy, library, rms_norm, rotary, swiglu
+x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+tables = rotary.rotary_tables(8, 16)
+h = rotary.rotary(x, *tables, torch.arange(4), 2)
+q, k, v = h.split([2, 2, 2], dim=1)
+h = attention.attention(q, k, v, torch.tensor([0, 1, 4], dtype=torch.int32), 3).reshape(4, 16)
+h, r = rms_norm.rms_norm(h, torch.ones(16), 1e-6, h)
+loss = cross_entropy.cross_entropy(swiglu.swiglu(h), torch.tensor([0, 1, 7, -100]))
+loss.backward()
+p, m, s = [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)]
+adamw.adamw(p, [torch.ones(3)], m, s, [], lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=1)
+choice = backend.explain("swiglu", x.device, x.dtype)
+print(json.dumps([loss.item(), x.grad.norm().item(), p[0].sum().item(), library.missing, choice.backend]))
+"""
+
+
+@pytest.mark.parametrize("broken", (False, True))
+def test_without_the_library_every_op_runs_on_its_reference(tmp_path, broken):
+    """The folder alone, copied without its library (or with a damaged one): one warning, the same results."""
+    folder = tmp_path / "loose_kernels"
+    shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if broken:
+        (folder / library.PATH.name).write_bytes(b"not a library")
+    loose = python(ALL_OPS.format(package="loose_kernels"), cwd=tmp_path)
+    assert loose.returncode == 0, loose.stderr
+    *values, missing, choice = json.loads(loose.stdout)
+    assert ("does not load" if broken else "is not built (pip install") in missing
+    assert choice == "reference"
+    assert loose.stderr.count("every op runs on its PyTorch reference") == 1, loose.stderr
+    ours = json.loads(python(ALL_OPS.format(package="openllama.kernels")).stdout)
+    assert values == pytest.approx(ours[:3], rel=1e-5) and ours[3:] == ["", "cpu"]

@@ -1,0 +1,170 @@
+"""The native library: what it holds, what it asks of torch, what nvcc says, and its CPU instruction sets."""
+
+import json
+import platform
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from openllama.kernels import library
+
+from .test_backend import python
+
+ROOT = Path(__file__).resolve().parents[2]
+INFO = library.build_info()
+
+needs_cuda_build = pytest.mark.skipif(not library.has_cuda, reason="the library was built without CUDA (no nvcc)")
+
+
+def toolkit() -> Path | None:
+    """nvcc's bin folder, found as setup.py finds it."""
+    nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+    if not nvcc:
+        return None
+    dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", dry, re.M)
+    return Path(top[1] if top else Path(nvcc).parent.parent) / "bin"
+
+
+def cuda_commands() -> list[tuple[str, list[str]]]:
+    """(source, nvcc command) of each .cu, out of the build file that setup.py writes."""
+    lines = (ROOT / "build" / "native" / "build.ninja").read_text().splitlines()
+    commands = [line.split("command = ")[1].replace("'", "") for line in lines if "command = " in line]
+    sources = [(re.search(r"-c \S*/csrc/(\S+\.cu) ", command), command) for command in commands]
+    return [(source[1], command.split()) for source, command in sources if source]
+
+
+def test_build_info():
+    assert INFO["torch_target"] == "2.11" and INFO["cpu"] in library.CPU_LEVELS
+    assert bool(INFO["cuda"]) == bool(INFO["arches"])
+
+
+@needs_cuda_build
+def test_every_cuda_source_compiles_without_spills(tmp_path):
+    """The build's own flags, and what ptxas says of registers for each architecture."""
+    if toolkit() is None or not (ROOT / "build" / "native" / "build.ninja").exists():
+        pytest.skip("nvcc, or the build folder, is not here")
+    commands = cuda_commands()
+    assert {source for source, _ in commands} == {
+        str(p.relative_to(ROOT / "csrc")) for p in (*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/hopper/*.cu"))
+    }
+    running = []
+    for source, command in commands:
+        command = [w for w in command if w not in ("-MMD", "-MF") and not w.endswith(".o.d")]
+        command[command.index("-o") + 1] = str(tmp_path / f"{source.replace('/', '.')}.o")
+        running.append((source, subprocess.Popen([*command, "-Xptxas=-v"], stderr=subprocess.PIPE, text=True)))
+    for source, process in running:
+        report = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, report
+        spills = [(int(a), int(b)) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)]
+        assert spills and not any(a or b for a, b in spills), f"{source}:\n{report}"
+        compiled = set(re.findall(r"for '(sm_\w+)'", report))
+        assert compiled == ({"sm_90a"} if source.startswith("hopper/") else {"sm_80", "sm_90"}), source
+
+
+def fat_binary_entries() -> list[tuple[str, str]]:
+    """(kind, architecture) of every piece of GPU code in the library, as `cuobjdump --list-elf --list-ptx` shows them.
+
+    nvcc's container: a header (magic, version, header size, total size), then entries (kind, version, header size,
+    payload size, ..., architecture at byte 28, ..., flags at byte 40, whose bit 20 is the `a` of sm_90a).
+    """
+    data, start, found = library.PATH.read_bytes(), 0, []
+    while (start := data.find(struct.pack("<I", 0xBA55ED50), start)) >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", data, start)
+        entry, end = start + header, start + header + size
+        while entry < end:
+            kind, _, entry_header, payload = struct.unpack_from("<HHIQ", data, entry)
+            arch, flags = struct.unpack_from("<I", data, entry + 28)[0], struct.unpack_from("<I", data, entry + 40)[0]
+            found.append(({1: "ptx", 2: "elf"}[kind], f"{arch}{'a' if flags >> 20 & 1 else ''}"))
+            entry += entry_header + payload
+        start = end
+    return found
+
+
+@needs_cuda_build
+def test_binary_holds_code_for_every_architecture():
+    sources, hopper = len(list(ROOT.glob("csrc/*.cu"))), len(list(ROOT.glob("csrc/hopper/*.cu")))
+    plain = [("elf", "80"), ("elf", "90"), ("ptx", "90")]
+    assert sorted(fat_binary_entries()) == sorted(plain * sources + [("elf", "90a")] * hopper)
+    assert set(INFO["arches"].split(",")) == {"sm_80", "sm_90", "sm_90a", "compute_90"}
+
+
+def newer_than(version: tuple[int, int]) -> set[str]:
+    """Functions of torch's stable ABI that came after `version`, by the guards in its header."""
+    header = Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h"
+    sections = re.split(r"^#if TORCH_FEATURE_VERSION >= TORCH_VERSION_(\d+)_(\d+)_\d+", header.read_text(), flags=re.M)
+    names = {"torch_stream_native_handle"}  # of 2.13
+    for major, minor, section in zip(sections[1::3], sections[2::3], sections[3::3]):
+        if (int(major), int(minor)) > version:
+            names |= set(re.findall(r"\b(torch_\w+)\(", section))
+    return names
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is not here")
+def test_library_asks_for_nothing_newer_than_torch_2_11():
+    listing = subprocess.run(["nm", "-D", "--undefined-only", str(library.PATH)], capture_output=True, text=True).stdout
+    names = {line.split()[-1].split("@")[0] for line in listing.splitlines()}
+    assert "torch_call_dispatcher" in names and not names & newer_than((2, 11))
+    # mangled names of torch's C++ ABI change with each version, and Python's and the driver's are not the library's
+    assert not [n for n in names if n.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "Py", "_Py", "cublas", "cuTensor"))]
+    if library.has_cuda:  # weak: a CPU build of torch has no such symbol
+        assert re.search(r"^\s+w aoti_torch_get_current_cuda_stream$", listing, re.M)
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="readelf (binutils) is not here")
+def test_library_links_no_cuda_and_no_python():
+    dynamic = subprocess.run(["readelf", "-d", str(library.PATH)], capture_output=True, text=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*?)\]", dynamic)
+    assert "libtorch.so" in needed and not [n for n in needed if "cuda" in n or "python" in n or "c10" in n]
+
+
+LEVELS = """
+import torch
+from openllama.kernels import library
+from openllama.ops import adamw, cross_entropy, rms_norm, rotary, rotary_tables, swiglu
+torch.manual_seed(0)
+results = []
+for dtype in (torch.float32, torch.bfloat16):
+    for columns in (1, 7, 64, 123, 1000):
+        x = torch.randn(40, 2 * columns).mul(3).to(dtype).requires_grad_()
+        w = torch.ones(2 * columns, dtype=dtype).requires_grad_()
+        y, h = rms_norm(x, w, 1e-6, x)
+        turned = rotary(x.view(40, 1, -1), *rotary_tables(2 * columns, 40), torch.arange(40))
+        losses = cross_entropy(x, torch.arange(40) % columns, reduction="none")
+        outputs = [y, h, turned, swiglu(x), losses]
+        grads = torch.autograd.grad(sum(o.float().square().sum() for o in outputs), [x, w])
+        p, m, v = ([t] for t in (w.detach().clone(), torch.zeros(2 * columns), torch.zeros(2 * columns)))
+        adamw(p, [grads[1]], m, v, [w.detach().float()] if dtype != torch.float32 else [],
+              lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=1)
+        results += [t.detach() for t in (*outputs, *grads, *p, *m, *v)]
+torch.save([library.build_info()["cpu"], results], PATH)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other machines have the base level only")
+def test_cpu_levels_agree(tmp_path):
+    """Each instruction set's kernels, forced by OPENLLAMA_CPU, against the best one's."""
+    results = {}
+    for level in library.CPU_LEVELS[: library.CPU_LEVELS.index(INFO["cpu"]) + 1]:
+        path = tmp_path / f"{level}.pt"
+        run = python(f"PATH = {str(path)!r}\n{LEVELS}", OPENLLAMA_CPU=level)
+        assert run.returncode == 0, run.stderr
+        used, results[level] = torch.load(path)
+        assert used == level
+    best = results.pop(INFO["cpu"])
+    for level, tensors in results.items():
+        for i, (ours, theirs) in enumerate(zip(tensors, best)):
+            slack = 4 * torch.finfo(theirs.dtype).eps * max(theirs.abs().max().item(), 1e-3)
+            assert (ours.double() - theirs.double()).abs().max() <= slack, f"{level}, result {i}"
+
+
+def test_library_loads_beside_transformers():
+    """Both load native code; neither may take the other's symbols or names."""
+    result = python("import transformers, openllama.ops, json; from openllama.kernels import library\n"
+                    "print(json.dumps(library.missing))")  # fmt: skip
+    assert json.loads(result.stdout.splitlines()[-1]) == "", result.stderr

@@ -1,0 +1,156 @@
+"""rms_norm's CUDA kernels: streams, graphs, devices, sizes. test_rms_norm.py has the rest, on both devices."""
+
+import pytest
+import torch
+
+from openllama.kernels import backend, library
+from openllama.ops import rms_norm
+
+from .contract import BF16, F16, F32
+from .rule import all_near, near, random, run
+from .test_rms_norm import Calls, inputs
+
+pytestmark = pytest.mark.gpu
+
+
+def both(tensors):
+    """Outputs and gradients of x + residual."""
+    outputs, grads = run(lambda x, w, r: rms_norm(x, w, 1e-6, r), tensors)
+    return [*outputs, *grads]
+
+
+def free(gigabytes):
+    if torch.cuda.mem_get_info()[0] < gigabytes * 2**30:
+        pytest.skip(f"needs {gigabytes} GB of free GPU memory")
+
+
+def test_library_was_built_for_this_card():
+    assert library.has_cuda and library.build_info()["stream_symbol"]
+    assert backend.explain("rms_norm", torch.device("cuda"), BF16, 4096).backend == "cuda"
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F16))
+@pytest.mark.parametrize("hidden", (8, 4096, 16_384, 16_385, 20_000))
+def test_wide_rows(dtype, hidden):
+    """To 16,384 columns the kernel runs, above that the reference; both give the same."""
+    tensors = inputs(5, hidden, dtype, "cuda")
+    with Calls() as calls:
+        y, h = rms_norm(*tensors[:2], 1e-6, tensors[2])
+    assert bool(calls.seen) == (hidden <= 16_384)
+    theirs = run(lambda x, w, r: rms_norm(x, w, 1e-6, r, backend="reference"), tensors)
+    all_near([y, h, *both(tensors)[2:]], [*theirs[0], *theirs[1]], 4)
+
+
+def test_many_rows_and_determinism():
+    """More rows than blocks in backward: each block sums several."""
+    tensors = inputs(70_000, 256, BF16, "cuda")
+    first, second = both(tensors), both(tensors)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_side_stream():
+    """The kernels wait for work on the stream they are called on, and on no other."""
+    tensors = inputs(2048, 4096, BF16, "cuda")
+    expected = both([tensors[0] * 3, *tensors[1:]])
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    for _ in range(5):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # some 10 ms: a kernel on another stream would read x too early
+            x = tensors[0] * 3
+            results = both([x, *tensors[1:]])
+        stream.synchronize()
+        assert all(torch.equal(r, e) for r, e in zip(results, expected))
+
+
+def test_cuda_graph_replays_on_changed_inputs():
+    static = inputs(64, 512, BF16, "cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both(static)
+    for seed in (10, 20):
+        fresh = inputs(64, 512, BF16, "cuda", seed)
+        for s, f in zip(static, fresh):
+            s.copy_(f)
+        graph.replay()
+        assert all(torch.equal(c, e) for c, e in zip(captured, both(fresh)))
+
+
+def test_compiled_on_a_side_stream():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w, r: rms_norm(x * 2, w, 1e-6, r), fullgraph=True)
+    tensors = inputs(256, 1024, BF16, "cuda")
+    expected = run(lambda x, w, r: rms_norm(x * 2, w, 1e-6, r), tensors)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        results = run(compiled, tensors)
+    stream.synchronize()
+    for ours, theirs in zip(results, expected):
+        all_near(ours, theirs, 2)
+
+
+def test_misaligned_rows_take_single_elements():
+    """Rows that don't start on 16 bytes: an odd hidden, an odd row stride, an odd base."""
+    for hidden, stride, base in ((127, 127, 0), (128, 131, 0), (128, 128, 1), (128, 136, 3)):
+        buffer = random((3, 40 * stride + base + 8), BF16, "cuda", 0)
+        x, residual, dy = (b[base : base + 40 * stride].view(40, stride)[:, :hidden] for b in buffer)
+        weight = inputs(1, hidden, BF16, "cuda")[1]
+        ours = run(lambda x, w, r: rms_norm(x, w, 1e-6, r), [x, weight, residual], douts=[dy, dy])
+        theirs = run(lambda x, w, r: rms_norm(x, w, 1e-6, r, backend="reference"), [x, weight, residual], douts=[dy, dy])
+        for o, t in zip(ours, theirs):
+            all_near(o, t, 4, f"{hidden} {stride} {base}")
+
+
+@pytest.mark.parametrize("rows, hidden", ((2**31 // 8192 + 5, 8192),))
+def test_more_than_2_to_the_31_elements(rows, hidden):
+    free(30)
+    x = torch.ones(rows, hidden, dtype=BF16, device="cuda")
+    x[-1] = random((hidden,), BF16, "cuda", 0)
+    weight = inputs(1, hidden, BF16, "cuda")[1]
+    dy = torch.ones(1, 1, dtype=BF16, device="cuda").expand(rows, hidden)
+    leaf = x.requires_grad_()
+    y = rms_norm(leaf, weight)
+    near(y[-1:].detach(), rms_norm(x[-1:].detach(), weight), 0)
+    (dx,) = torch.autograd.grad(y, leaf, dy)
+    (last,) = run(rms_norm, [x[-1:].detach(), weight], needs=[True, False], douts=[dy[-1:]])[1][:1]
+    near(dx[-1:], last, 2)
+
+
+def test_slice_at_an_offset_beyond_2_to_the_31():
+    free(12)
+    buffer = torch.zeros(2**31 + 4096, dtype=BF16, device="cuda")
+    x = buffer[2**31 + 64 :][: 8 * 256].view(8, 256).copy_(random((8, 256), BF16, "cuda", 0))
+    weight = inputs(1, 256, BF16, "cuda")[1]
+    near(rms_norm(x, weight), rms_norm(x.clone(), weight), 0)
+
+
+def test_a_launch_that_fails_raises():
+    rows = torch.ones(1, 8, device="cuda").expand(2**31, 8)  # more rows than a grid has blocks
+    free(40)
+    with pytest.raises(RuntimeError, match="rms_norm_fwd: cudaErrorInvalidConfiguration"):
+        torch.ops.openllama.rms_norm_fwd(rows[:, :1], None, torch.ones(1, device="cuda"), 1e-6)
+
+
+def test_hopper_code_runs_on_hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("sm_90a code runs on capability (9, 0) only")
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    torch.ops.openllama.hopper_probe(out)
+    assert out.item() == 90
+
+
+if torch.cuda.device_count() > 1:
+
+    def test_tensors_on_another_device_than_the_current_one():
+        tensors = [t.to("cuda:1") for t in inputs(64, 512, BF16, "cpu")]
+        torch.cuda.set_device(0)
+        results = both(tensors)
+        assert torch.cuda.current_device() == 0 and all(r.device == torch.device("cuda:1") for r in results)
+        with torch.cuda.device(1):
+            assert all(torch.equal(r, e) for r, e in zip(results, both(tensors)))

@@ -1,0 +1,208 @@
+"""rotary: turns of q and k heads, tables, positions, and the in-place form."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from openllama.ops import rotary, rotary_tables
+
+from .contract import BF16, F16, F32, F64, Contract
+from .rule import near, random, run
+
+TABLE_ROWS = 64
+
+
+def huggingface(x, cos, sin, positions, rotated):
+    """transformers' apply_rotary_pos_emb on q and k, v beside them."""
+    cos, sin = (torch.cat([t, t], -1)[positions.long()][:, None].to(x.dtype) for t in (cos, sin))
+    turning = x[:, :rotated]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned, x[:, rotated:]], dim=1)
+
+
+class TestRotary(Contract):
+    sizes = ((3, 2, 8), (1, 1, 2), (1, 1, 128), (5, 0, 4), (6, 5, 64), (2, 2, 6), (12, 8, 122))  # heads, rotated, head_dim
+
+    def make(self, rows, size, dtype, device, seed=0):
+        heads, rotated, head_dim = size
+        cos, sin = rotary_tables(head_dim, TABLE_ROWS, device=device)
+        generator = torch.Generator().manual_seed(seed)
+        positions = torch.randint(TABLE_ROWS, (rows,), generator=generator, dtype=torch.int32).to(device)
+        return [random((rows, heads, head_dim), dtype, device, seed)], (cos, sin, positions, rotated)
+
+    def op(self, x, cos, sin, positions, rotated, backend=None):
+        return rotary(x, cos, sin, positions, rotated, backend=backend)
+
+    def eager(self, *arguments):
+        return huggingface(*arguments)
+
+    def fuzz_size(self, rng):
+        heads = rng.choice((1, 2, 3, 6))
+        return heads, rng.randrange(heads + 1), rng.choice((2, 4, 6, 30, 32, 34, 64, 128))
+
+    def raw(self, device, dtype):
+        if device == "cuda" or dtype not in (F32, BF16):
+            pytest.skip("the raw op has no such kernel")
+        (x,), constants = self.make(5, (6, 2, 8), dtype, device)
+        ops = torch.ops.openllama
+        return [
+            (op.default, (x[:, 1:4], *constants, inverse))
+            for op in (ops.rotary, ops.rotary_)
+            for inverse in (False, True)
+        ]
+
+
+def example(dtype=F32, device="cpu", heads=6, rotated=4, head_dim=16):
+    (x,), constants = TestRotary().make(9, (heads, rotated, head_dim), dtype, device)
+    return x, constants
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F16))
+def test_gqa_leaves_v_untouched(device, dtype):
+    """q and k heads of a packed QKV turn, v passes through to the bit: values, gradient, in place or not."""
+    x, constants = example(dtype, device)
+    (out,), (grad,) = run(rotary, [x], constants, douts=[x])
+    assert torch.equal(out[:, 4:], x[:, 4:]) and not torch.equal(out[:, :4], x[:, :4])
+    assert torch.equal(grad[:, 4:], x[:, 4:])
+    written = x.clone()
+    assert rotary(written, *constants, inplace=True) is written and torch.equal(written, out)
+
+
+def test_gradient_is_the_opposite_turn(device):
+    """Turning back what was turned gives the input: backward of the output as its own gradient."""
+    x, constants = example(F32, device)
+    (out,), _ = run(rotary, [x], constants)
+    (back,) = run(rotary, [x], constants, douts=[out])[1]
+    near(back, x, 4)
+
+
+def test_norms_are_kept(device):
+    x, constants = example(F32, device)
+    near(rotary(x, *constants).norm(dim=-1), x.norm(dim=-1), 4)
+
+
+def test_only_differences_of_positions_count():
+    q, k = random((2, 1, 1, 64), F64, "cpu", 0)
+    tables = [t.double().float() for t in rotary_tables(64, 4096)]
+    dots = [
+        (rotary(q, *tables, torch.tensor([i])) * rotary(k, *tables, torch.tensor([j]))).sum()
+        for i, j in ((3, 0), (4003, 4000))
+    ]
+    assert abs(dots[0] - dots[1]) < 1e-3  # the fp32 angles of position 4000 are good to 2e-4
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_in_place_under_checkpoint_turns_once(device, reentrant):
+    """Backward runs the projection and its in-place turn again; on a fresh product that changes nothing."""
+    _, constants = example(device=device)
+    weight, x = random((96, 32), F32, device, 1), random((9, 32), F32, device, 2)
+
+    def loss(x, weight, inplace):
+        return rotary((x @ weight.T).view(9, 6, 16), *constants, inplace=inplace).square()[:, :, 3].sum()
+
+    def gradients(function):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        function(*leaves).backward()
+        return [leaf.grad for leaf in leaves]
+
+    plain = gradients(lambda *leaves: loss(*leaves, False))
+    for inplace in (False, True):
+        again = gradients(lambda *leaves, inplace=inplace: checkpoint(loss, *leaves, inplace, use_reentrant=reentrant))
+        assert all(torch.equal(a, p) for a, p in zip(again, plain))
+
+
+def test_in_place_writes_through_a_slice_of_wider_rows(device):
+    wide = random((9, 8, 16), F32, device, 0)
+    x, constants = wide[:, 1:7], example(device=device)[1]
+    expected = rotary(x, *constants)
+    before = wide.clone()
+    rotary(x, *constants, inplace=True)
+    assert torch.equal(wide[:, 1:7], expected)
+    assert torch.equal(wide[:, 0], before[:, 0]) and torch.equal(wide[:, 7], before[:, 7])
+
+
+def test_in_place_compiled(device):
+    torch._dynamo.reset()
+    x, constants = example(device=device)
+    compiled = torch.compile(lambda x: rotary(x * 2, *constants, inplace=True), fullgraph=True, backend="aot_eager")
+    ours, theirs = run(compiled, [x]), run(lambda x: rotary(x * 2, *constants), [x])
+    assert torch.equal(ours[0][0], theirs[0][0]) and torch.equal(ours[1][0], theirs[1][0])
+
+
+@pytest.mark.parametrize("dtype", (F32, F64))  # the kernel, and the reference
+@pytest.mark.parametrize("position", (TABLE_ROWS, -1, 2**32, -(2**40)))
+@pytest.mark.parametrize("inplace", (False, True))
+def test_position_outside_the_tables_is_named_and_nothing_written(dtype, position, inplace):
+    x, (cos, sin, positions, rotated) = example(dtype)
+    positions, before = positions.long(), x.clone()
+    positions[5] = position
+    named = max(-(2**31), min(position, 2**31 - 1)) if dtype == F32 else position  # the kernel's are int32
+    with pytest.raises(RuntimeError, match=rf"positions\[5\] is {named}, outside the table's 64 rows"):
+        rotary(x, cos, sin, positions, rotated, inplace=inplace)
+    assert torch.equal(x, before)
+
+
+X, (COS, SIN, POSITIONS, _) = example()
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        ((X[0], COS, SIN, POSITIONS), {}, ValueError, r"x: got shape \(6, 16\)"),
+        ((X[..., :15], COS, SIN, POSITIONS), {}, ValueError, r"x: got shape \(9, 6, 15\)"),
+        ((X[..., :0], COS, SIN, POSITIONS), {}, ValueError, r"x: got shape \(9, 6, 0\)"),
+        ((X, COS[:, :4], SIN, POSITIONS), {}, ValueError, r"cos: got shape \(64, 4\), takes \(64, 8\)"),
+        ((X, COS, SIN[:3], POSITIONS), {}, ValueError, r"sin: got shape \(3, 8\), takes \(64, 8\)"),
+        ((X, COS.bfloat16(), SIN, POSITIONS), {}, TypeError, "cos: got torch.bfloat16, takes the tables's torch.float32"),
+        ((X, COS, SIN, POSITIONS[:3]), {}, ValueError, r"positions: got shape \(3,\), takes \(9,\)"),
+        ((X, COS, SIN, POSITIONS.float()), {}, TypeError, "positions: got torch.float32"),
+        ((X, COS, SIN, POSITIONS, 7), {}, ValueError, "rotated: got 7, takes 0 to x's 6 heads"),
+        ((X, COS, SIN, POSITIONS, -1), {}, ValueError, "rotated: got -1"),
+        ((X[..., ::2], COS[:, :4], SIN[:, :4], POSITIONS), {"inplace": True}, ValueError, "x: got strides"),
+    ],
+)
+def test_bad_input_is_named(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        rotary(*arguments, **options)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("scaling", (None, {"rope_type": "linear", "factor": 4.0}, LLAMA3))
+@pytest.mark.parametrize("theta", (10_000.0, 500_000.0))
+def test_tables_are_huggingfaces(scaling, theta):
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131_072)
+    config.rope_parameters = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+    if scaling is None:
+        frequencies = 1.0 / theta ** (torch.arange(0, 128, 2).float() / 128)
+    else:
+        frequencies, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
+    angles = torch.arange(10_000).float()[:, None] * frequencies
+    cos, sin = rotary_tables(128, 10_000, theta, scaling)
+    assert cos.dtype == sin.dtype == F32 and cos.shape == (10_000, 64)
+    # an ulp of a frequency is up to 10,000 * 6e-8 of an angle
+    assert (cos - angles.cos()).abs().max() < 2e-3 and (sin - angles.sin()).abs().max() < 2e-3
+    assert torch.equal(cos[:2], angles.cos()[:2]) or scaling is LLAMA3
+
+
+def test_tables_tell_far_positions_apart():
+    """In bf16 position 257 equals 256."""
+    cos, sin = rotary_tables(128, 100_001)
+    exact = torch.tensor(100_000.0, dtype=F64)
+    assert abs(cos[-1, 0] - exact.cos()) < 1e-6 and abs(sin[-1, 0] - exact.sin()) < 1e-6
+    assert (cos.diff(dim=0).abs() + sin.diff(dim=0).abs())[:, 0].min() > 0.1
+
+
+def test_unknown_scaling_is_named():
+    with pytest.raises(ValueError, match="rope_scaling: got rope_type 'longrope', takes 'default', 'linear' or 'llama3'"):
+        rotary_tables(8, 8, scaling={"rope_type": "longrope"})

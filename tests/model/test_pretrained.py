@@ -1,0 +1,152 @@
+"""Model folders, the commands that work on them, and train/generate.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from openllama import cli, tokenizer
+from openllama.hf import export_hf, import_hf
+from openllama.presets import PRESETS
+from openllama.pretrained import load_model, save_model
+
+from .models import make
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def equal(a, b):
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    text = Path(tokenizer.__file__).read_text()
+    return tokenizer.train([text], tmp_path_factory.mktemp("t") / "tokenizer.model", 400).path
+
+
+@pytest.fixture
+def run_folder(tmp_path, model_file):
+    """A run's checkpoints/ with two steps."""
+    for step in (90, 100):
+        model = make(seed=step, vocab_size=400, tied=True, stable_embedding=True)
+        save_model(model, tmp_path / "checkpoints" / f"step-{step:08d}", model_file)
+    (tmp_path / "checkpoints/.step-00000200.writing").mkdir()
+    return tmp_path / "checkpoints"
+
+
+def test_save_and_load(kind, tmp_path):
+    model = make(**kind)
+    back, path = load_model(save_model(model, tmp_path / "m"))
+    assert back.config == model.config and equal(back, model) and path is None
+    assert (back.head.weight is back.embed.weight) == model.config.tied
+    assert ("head.weight" in load_file(tmp_path / "m/model.safetensors")) == (not model.config.tied)
+    assert load_model(tmp_path / "m", torch.bfloat16)[0].embed.weight.dtype == torch.bfloat16
+    assert all(p.requires_grad for p in back.parameters())
+    modes = {p.stat().st_mode for p in (tmp_path / "m").iterdir()}
+    assert len(modes) == 1  # the weights are as readable as the config
+
+
+def test_the_highest_step_and_one_step(run_folder):
+    model, path = load_model(run_folder)
+    assert path == run_folder / "step-00000100/tokenizer.model"
+    assert equal(model, make(seed=100, vocab_size=400, tied=True, stable_embedding=True))
+    assert equal(
+        load_model(run_folder / "step-00000090")[0],
+        make(seed=90, vocab_size=400, tied=True, stable_embedding=True),
+    )
+
+
+def test_an_export_is_loaded_too(tmp_path, model_file):
+    model = make(vocab_size=400, kv_heads=2)
+    back, path = load_model(export_hf(model, tmp_path / "hf", model_file))
+    assert equal(back, model) and path == tmp_path / "hf/tokenizer.model"
+
+
+def test_load_errors(run_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none: no such folder; takes a checkpoint"):
+        load_model(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty: no config\.json and no step-\* folder"):
+        load_model(tmp_path / "empty")
+    file = run_folder / "step-00000100/model.safetensors"
+    whole = load_file(file)
+    save_file({k: v for k, v in whole.items() if k != "norm.weight"} | {"extra": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*missing norm\.weight; unexpected extra"):
+        load_model(run_folder)
+    save_file(whole | {"norm.weight": torch.ones(3)}, file)
+    with pytest.raises(ValueError, match=r"norm\.weight has shape \(3,\), takes \(48,\)"):
+        load_model(run_folder)
+    file.write_bytes(b"\0" * 100)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(run_folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
+        load_model(run_folder)
+    with pytest.raises(FileExistsError):
+        save_model(make(), run_folder)
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_export_and_import_commands(run_folder, tmp_path, capsys):
+    assert cli.main(["export", str(run_folder), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "step-00000100" in out and "import can't undo this" in out
+    assert cli.main(["import", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
+    back, path = load_model(tmp_path / "back")
+    assert path is not None and back.embed.weight.dtype == torch.bfloat16
+    assert equal(back, import_hf(tmp_path / "hf"))
+    assert cli.main(["import", str(tmp_path / "hf"), str(tmp_path / "back")]) == 1
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("openllama import: ")
+        and "back: is there already" in error
+        and error.count("\n") == 1
+    )
+
+
+def test_summary_command(capsys, tmp_path):
+    assert cli.main(["summary", "7b"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("202,383,360") == 32 and "Total params: 6,885,879,808" in out
+    for line in ("409,600,000", "8,192", "4,096", "0 (tied)", "[1, 64, 100000]"):
+        assert line in out
+    for name, config in PRESETS.items():
+        assert cli.main(["summary", name]) == 0
+        config.save(tmp_path / "config.json")
+        by_name = capsys.readouterr().out
+        assert cli.main(["summary", str(tmp_path / "config.json")]) == 0
+        assert capsys.readouterr().out == by_name
+    export_hf(make(), tmp_path / "hf")
+    assert cli.main(["summary", str(tmp_path / "hf")]) == 0
+    assert cli.main(["summary", "7bb"]) == 1
+    assert "got '7bb'; did you mean '7b'?" in capsys.readouterr().err
+
+
+def test_generate_script(run_folder):
+    command = [
+        sys.executable,
+        ROOT / "train/generate.py",
+        "--checkpoint",
+        run_folder,
+        "--max-new-tokens",
+        "5",
+    ]
+    command += ["--prompt", "def f", "--prompt", " x", "--device", "cpu"]
+    first, again = (subprocess.run(command, capture_output=True, text=True, timeout=60) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == again.stdout and "--- sample 2\n x" in first.stdout and "def f" in first.stdout
+    assert "tokens/s on cpu" in first.stderr
+    command[3] = run_folder / "none"
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (
+        failed.returncode == 1
+        and "none: no such folder" in failed.stderr
+        and "Traceback" not in failed.stderr
+    )

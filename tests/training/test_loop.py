@@ -1,0 +1,168 @@
+"""The step's arithmetic, and the errors of a run."""
+
+import copy
+import errno
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from openllama import folders, tokenizer
+from openllama.config import load
+from openllama.data.loader import Batch
+from openllama.model import Llama
+from openllama.optim import AdamW, decay_groups
+from openllama.training import checkpoint
+from openllama.training.config import TrainConfig
+from openllama.training.loop import Trainer
+from openllama.training.monitor import read_metrics
+from openllama.training.step import train_step
+
+from .conftest import SHAPE, texts
+
+
+def test_the_loss_falls_and_metrics_are_whole(settings, tmp_path):
+    assert Trainer(settings(steps=30, warmup=5)).run() == 0
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 30
+    assert losses[0] == pytest.approx(math.log(SHAPE["vocab_size"]), rel=0.1)  # small weights: an even guess
+    assert losses[-1] < losses[0] - 1
+    expected = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second_per_gpu", "mfu", "memory_gib", "epoch"}
+    assert all(r.keys() == expected for r in records if "loss" in r)
+    assert all(r["mfu"] is None for r in records if "loss" in r), "a CPU has no peak: N/A, not another card's"
+    assert sum("valid_bits_per_byte" in r for r in records) == 10
+
+
+def test_micro_batches_with_different_token_counts_equal_one_large_batch(settings):
+    """CASES 16: the mean is over tokens, not over micro-batches."""
+    trainer = Trainer(settings())
+    small = [next(trainer.loader) for _ in range(3)]
+    small[1].labels[10:] = -100  # most of this micro-batch is padding
+    small[1].targets = int((small[1].labels != -100).sum())
+    offsets = [0, *torch.tensor([b.ids.numel() for b in small]).cumsum(0).tolist()]
+    large = Batch(
+        *(torch.cat([getattr(b, name) for b in small]) for name in ("ids", "labels", "positions")),
+        torch.cat([torch.zeros(1, dtype=torch.int32), *(b.cu_seqlens[1:] + o for b, o in zip(small, offsets))]),
+        max(b.max_seqlen for b in small),
+        sum(b.targets for b in small),
+    )
+    results = []
+    for batches in (small, [large]):
+        model = Llama(trainer.model.config).initialise(3)
+        result = train_step(model, AdamW(decay_groups(model, 0.1)), batches, 1e-2, 1.0, Accelerator(cpu=True))
+        results.append((result, model))
+    (a, one), (b, two) = results
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0)
+    for (name, p), q in zip(one.named_parameters(), two.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5, msg=name)  # Adam's first step: lr * sign, or nearly
+
+
+def test_schedule():
+    c = TrainConfig("tiny", "s", "t", "o", steps=100, lr=1.0, warmup=10, min_lr_share=0.1, context=64)
+    assert c.lr_at(1) == pytest.approx(0.1) and c.lr_at(10) == 1.0
+    assert c.lr_at(55) == pytest.approx(0.55) and c.lr_at(100) == pytest.approx(0.1)
+    assert all(c.lr_at(s) >= c.lr_at(s + 1) for s in range(10, 100))
+
+
+def test_norms_do_not_decay(settings):
+    model = Llama(settings().model_config())
+    decays, rests = decay_groups(model, 0.1)
+    assert decays["weight_decay"] == 0.1 and rests["weight_decay"] == 0.0
+    assert all(p.dim() == 2 for p in decays["params"]) and all(p.dim() == 1 for p in rests["params"])
+    assert sum(len(g["params"]) for g in (decays, rests)) == len(list(model.parameters()))
+
+
+def test_original_settings():
+    c = load(TrainConfig, "train/configs/7b.yaml")
+    assert (c.context, c.batch, c.accumulation, c.lr, c.warmup) == (1024, 2, 12, 2e-4, 2000)
+    assert (c.weight_decay, c.clip, c.model_config().vocab_size) == (0.1, 1.0, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"context": 4096}, ["context", "4096", "max_positions"]),
+        ({"model": {"hiden": 3}}, ["hiden", "'hidden'"]),
+        ({"preset": "tini"}, ["tini", "'tiny'"]),
+        ({"lr": float("nan")}, ["lr", "nan"]),
+        ({"steps": 0}, ["steps", "0"]),
+    ],
+)
+def test_bad_settings_name_themselves(settings, changes, names):
+    with pytest.raises(ValueError) as error:
+        settings(**changes)
+    assert all(name in str(error.value) for name in names)
+
+
+def test_a_vocabulary_that_does_not_fit_the_model(settings):
+    with pytest.raises(ValueError, match=r"320 is over the model's vocab_size=\s*100"):
+        Trainer(settings(model={**SHAPE, "vocab_size": 100}))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(settings):
+    assert Trainer(settings(steps=2)).run() == 0
+    with pytest.raises(ValueError, match="the checkpoint's layers is 2, this run's 3"):
+        Trainer(settings(model={**SHAPE, "layers": 3}))
+
+
+def test_a_checkpoint_of_another_dtype_is_refused_and_changes_nothing(settings):
+    assert Trainer(settings(steps=2)).run() == 0
+    place = checkpoint.step_folder(settings_folder(settings) / "checkpoints", 2)
+    model = Llama(settings().model_config()).initialise(5).to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="master"):
+        checkpoint.load(place, model, AdamW(model.parameters()))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(settings, tmp_path):
+    assert Trainer(settings(steps=2)).run() == 0
+    other = tmp_path / "other.model"
+    tokenizer.train(texts(100, 9), other, SHAPE["vocab_size"] - 10)
+    with pytest.raises(ValueError, match=r"tokenizer"):
+        Trainer(settings(tokenizer=str(other)))
+
+
+def test_a_full_disk_keeps_the_older_checkpoint(settings, tmp_path, monkeypatch):
+    trainer = Trainer(settings(steps=4, save_every=2))
+    real, calls = folders._sync, []
+
+    def full(path):
+        if "step-00000004" in str(path):
+            calls.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(folders, "_sync", full)
+    with pytest.raises(OSError, match="disk is full"):
+        trainer.run()
+    assert calls
+    folder = tmp_path / "run" / "checkpoints"
+    assert checkpoint.steps(folder) == [2] and [p.name for p in folder.iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    assert Trainer(settings(steps=4)).run() == 0
+
+
+def test_no_room_is_said_before_anything_is_written(settings, tmp_path, monkeypatch):
+    trainer = Trainer(settings(steps=2))
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OSError, match="are free"):
+        trainer.run()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings):
+    trainer = Trainer(settings(valid_shards=None))
+    with torch.no_grad():
+        trainer.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
+        trainer.run()
+
+
+def settings_folder(settings):
+    from pathlib import Path
+
+    return Path(settings().out)

@@ -1,0 +1,212 @@
+"""From raw text to a model that writes, on this machine: what `make quickstart` runs.
+
+Corpus (this machine's Python source) -> shards -> tokenizer -> pre-training, stopped by SIGTERM half-way and resumed ->
+held-out loss beside a bigram's -> samples -> export to HuggingFace -> speed beside HuggingFace's Llama. What a step
+made is reused by the next run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results, tokens_per_second
+from benchmarks.peers.hf import HuggingFace
+from openllama import config, devices, hf
+from openllama.data.bigram import bigram_loss
+from openllama.data.cache import TokenCache
+from openllama.data.loader import PackedLoader
+from openllama.data.prepare import prepare, sample as sample_texts
+from openllama.generate import sample
+from openllama.pretrained import load_model
+from openllama.tokenizer import Tokenizer, train as train_tokenizer
+from openllama.training import checkpoint
+from openllama.training.config import TrainConfig
+from openllama.training.monitor import plot_loss, read_metrics
+from openllama.training.step import batch_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self", "import os\n")
+TIMED_STEPS = 10
+
+
+class Quickstart:
+    """The steps in order; each prints what it made and notes its figures for summary.json."""
+
+    def __init__(self, settings: TrainConfig, config_path: Path, max_bytes: int):
+        self.settings, self.config_path, self.max_bytes = settings, config_path, max_bytes
+        self.out = Path(settings.out)
+        self.checkpoints = self.out / "checkpoints"
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.summary: dict[str, Any] = {"preset": settings.preset, "device": devices.name(self.device)}
+
+    def run(self) -> None:
+        began = time.monotonic()
+        stages = (
+            self.corpus, self.tokenizer, self.pretrain, self.held_out, self.curve, self.samples, self.export, self.speed,
+        )  # fmt: skip
+        for number, stage in enumerate(stages, 1):
+            print(f"\n[{number}/{len(stages)}] {stage.__doc__}", flush=True)
+            stage()
+        self.summary["seconds"] = time.monotonic() - began
+        path = self.out / "summary.json"
+        path.write_text(json.dumps(self.summary, indent=2) + "\n")
+        print(f"\n{self.summary['seconds']:.0f} s in all; everything is in {self.out}, the figures in {path}")
+
+    def corpus(self) -> None:
+        """Corpus: the Python source on this machine, as shards"""
+        made = prepare("python", self.out / "shards", self.max_bytes)
+        reused = "reusing" if made["reused"] else "wrote"
+        size = made["text_bytes"] / 1e6
+        print(f"{reused} {self.out / 'shards'}: {made['documents']:,} documents, {size:.1f} MB")
+        self.summary["corpus"] = {"documents": made["documents"], "text_bytes": made["text_bytes"]}
+
+    def tokenizer(self) -> None:
+        """Tokenizer: SentencePiece BPE"""
+        path, vocab = Path(self.settings.tokenizer), self.settings.model_config().vocab_size
+        if path.exists():
+            self.text = Tokenizer(path)
+            print(f"reusing {path}: {self.text.vocab_size:,} pieces")
+            return
+        began = time.monotonic()
+        self.text = train_tokenizer(sample_texts(self.settings.shards, self.max_bytes), path, vocab)
+        print(f"wrote {path}: {self.text.vocab_size:,} pieces, {time.monotonic() - began:.1f} s")
+
+    def pretrain(self) -> None:
+        """Pre-training, stopped by SIGTERM half-way and resumed"""
+        done = max(checkpoint.steps(self.checkpoints), default=0)
+        if done >= self.settings.steps:
+            print(f"reusing {self.checkpoints}: trained to step {done}")
+        elif done:
+            print(f"going on from step {done} of an earlier run")
+            self._train()
+        else:
+            self._train(stop_at=self.settings.steps // 2)
+            print("stopped by SIGTERM with exit code 143, as asked; now the same command again")
+            self._train()
+        records = read_metrics(self.out / "metrics.jsonl")
+        speeds = sorted(r["tokens_per_second_per_gpu"] for r in records if "loss" in r)
+        self.summary["training"] = {
+            "steps": self.settings.steps,
+            "tokens": max(r.get("tokens", 0) for r in records),
+            "final_loss": next(r["loss"] for r in reversed(records) if "loss" in r),
+            "median_tokens_per_second": speeds[len(speeds) // 2],
+        }
+
+    def _train(self, stop_at: int = 0) -> None:
+        """Runs pretrain.py; with `stop_at`, sends SIGTERM once that step is in the metrics and expects exit code 143."""
+        command = [sys.executable, str(ROOT / "train" / "pretrain.py"), "--config", str(self.config_path)]
+        process = subprocess.Popen(command, cwd=ROOT)
+        try:
+            while stop_at and process.poll() is None:
+                time.sleep(0.2)
+                if any(r["step"] >= stop_at for r in read_metrics(self.out / "metrics.jsonl")):
+                    process.send_signal(signal.SIGTERM)
+                    break
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        if code != (128 + signal.SIGTERM if stop_at else 0):
+            sys.exit(f"error: {' '.join(command)} ended with exit code {code}; its message is above")
+
+    def held_out(self) -> None:
+        """Held-out loss, beside a bigram model of the same corpus"""
+        tokens = self.out / "tokens"
+        self.train_tokens, self.valid_tokens = TokenCache(tokens / "train"), TokenCache(tokens / "valid")
+        dtype = getattr(torch, self.settings.dtype)
+        self.model = load_model(self.checkpoints, dtype, self.device)[0]
+        loader = PackedLoader(self.valid_tokens, self.settings.context, self.settings.batch)
+        with torch.no_grad():
+            total = sum(float(batch_loss(self.model, b, self.device)) for b in loader.one_epoch())
+        self.valid_loss = total / loader.targets_per_epoch
+        self.per_byte = loader.targets_per_epoch / self.valid_tokens.text_bytes / math.log(2)
+        self.bigram = bigram_loss(self.train_tokens, self.valid_tokens)
+        ours, theirs = self.valid_loss * self.per_byte, self.bigram * self.per_byte
+        print(f"ours   {self.valid_loss:.4f} nats/token, {ours:.3f} bits/byte")
+        print(f"bigram {self.bigram:.4f} nats/token, {theirs:.3f} bits/byte (counts of all training tokens)")
+        self.summary["held_out"] = {
+            "loss": self.valid_loss, "bits_per_byte": ours, "bigram_bits_per_byte": theirs,
+            "text_bytes": self.valid_tokens.text_bytes,
+        }  # fmt: skip
+
+    def curve(self) -> None:
+        """Loss curve"""
+        picture = self.out / "loss.png"
+        plot_loss(self.out / "metrics.jsonl", picture, self.bigram * self.per_byte)
+        print(f"drew {picture}")
+
+    def samples(self) -> None:
+        """Three samples (temperature 0.8, top-k 50)"""
+        prompts = [[self.text.bos_id, *self.text.encode(p)] for p in PROMPTS]
+        eos = self.text.eos_id
+        texts = sample(
+            self.model, prompts, 120, 0.8, 50, seed=1, eos_id=eos, vocab_size=self.text.vocab_size
+        )
+        for prompt, ids in zip(PROMPTS, texts):
+            print("-" * 80 + f"\n{prompt}{self.text.decode(ids)}")
+        print("-" * 80)
+        self.summary["samples"] = [p + self.text.decode(ids) for p, ids in zip(PROMPTS, texts)]
+
+    def export(self) -> None:
+        """Export to HuggingFace, and its held-out loss there"""
+        folder = self.out / "hf"
+        hf.export_hf(self.model, folder, self.settings.tokenizer)
+        peer = HuggingFace(folder, self.device, self.model.embed.weight.dtype, lr=0.0, clip=1.0)
+        loader = PackedLoader(self.valid_tokens, self.settings.context, self.settings.batch)
+        with torch.no_grad():
+            total = sum(float(peer.loss(b)) for b in loader.one_epoch())
+        theirs = total / loader.targets_per_epoch
+        gap = abs(theirs - self.valid_loss) / self.valid_loss
+        print(f"{folder}: {theirs:.6f} nats/token in transformers, {self.valid_loss:.6f} here")
+        tolerance = 1e-4 if self.model.embed.weight.dtype == torch.float32 else 1e-2
+        if gap > tolerance:
+            sys.exit(
+                f"error: {folder}: the export's loss differs by {gap:.1e}, takes at most {tolerance:.0e}; please report it"
+            )
+        self.summary["export"] = {"held_out_loss": theirs, "relative_gap": gap}
+
+    def speed(self) -> None:
+        """Training speed beside HuggingFace's Llama: same weights, same batches, same run"""
+        c = self.settings
+        loader = PackedLoader(self.train_tokens, c.context, c.batch, seed=1)
+        count = TIMED_STEPS + tokens_per_second.WARMUP
+        steps = [[next(loader) for _ in range(c.accumulation)] for _ in range(count)]
+        rows = tokens_per_second.compare(self.model, steps, ["hf"], self.device)
+        for row in rows:
+            row["shape"] = {"preset": c.preset, "batch": c.batch, "seq": c.context}
+        print(tokens_per_second.table(rows))
+        results.write("speed", rows, self.device, self.out)
+        self.summary["speed"] = {
+            "ours_tokens_per_second": rows[0]["rate"],
+            "hf_tokens_per_second": rows[1]["rate"],
+            "ratio": rows[1]["ratio"],
+            "loss_gap": rows[1]["loss_gap"],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = "125m" if torch.cuda.is_available() else "tiny"
+    path = ROOT / "train" / "configs" / f"{here}.yaml"
+    parser.add_argument("--config", type=Path, default=path, help="settings of the run (125m with a GPU, else tiny)")
+    parser.add_argument("--max-bytes", type=int, default=20_000_000, help="of text in the corpus")
+    args = parser.parse_args()
+    try:
+        Quickstart(config.load(TrainConfig, args.config), args.config, args.max_bytes).run()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
