@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: quickstart test lint format bench-ops clean
+.PHONY: quickstart test lint format bench-ops report clean
 
 quickstart: $(VENV)/.ready
 	$(BIN)/python -m train.quickstart
@@ -36,6 +36,9 @@ format: $(VENV)/.ready-dev
 
 bench-ops: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest benchmarks/ops
+
+report: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf build $(VENV) kernels/*.so *.egg-info

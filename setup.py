@@ -14,6 +14,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -148,6 +149,14 @@ class BuildNative(build_ext):
         ninja.run()
 
 
+class BuildPython(build_py):
+    def run(self) -> None:
+        # A module renamed or deleted since the last build would otherwise still be in the next wheel.
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "openllama", ignore_errors=True)
+        super().run()
+
+
 def add_cuda(ninja: Ninja, nvcc: str) -> None:
     flags = [
         "-std=c++20",
@@ -164,6 +173,6 @@ def add_cuda(ninja: Ninja, nvcc: str) -> None:
 
 setup(
     ext_modules=[Extension("openllama.kernels._C", [], py_limited_api=True)],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -354,7 +354,7 @@ void adamw_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_
                     float(1 - beta1),
                     float(1 - beta2),
                     float(lr / (1 - std::pow(beta1, double(step)))),
-                    float(std::sqrt(1 - std::pow(beta2, double(step))))};
+                    float(1 / std::sqrt(1 - std::pow(beta2, double(step))))};
   std::vector<AdamWBlock> blocks;
   for (size_t i = 0; i < list.size(); ++i)
     for (int64_t begin = 0; begin < list[i].size; begin += kAdamWBlock)

@@ -92,7 +92,7 @@ struct AdamWStep {
   float keep;        // 1 - lr weight_decay
   float new1, new2;  // 1 - beta1, 1 - beta2: from doubles, as 1 - float(0.999) is off by 1e-5 of itself
   float step_size;   // lr / (1 - beta1^t)
-  float bias2_sqrt;  // sqrt(1 - beta2^t)
+  float root_scale;  // 1 / sqrt(1 - beta2^t)
 };
 
 #ifdef USE_CUDA

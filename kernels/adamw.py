@@ -16,7 +16,6 @@ import torch
 from . import backend as backends
 from . import checks, library
 
-
 _GRAD_DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -18,7 +18,9 @@ PATH = Path(__file__).resolve().parent / "_C.abi3.so"
 
 CPU_LEVELS = ("base", "avx2", "avx512")
 if os.environ.get("OPENLLAMA_CPU", "avx512") not in CPU_LEVELS:
-    raise ValueError(f"OPENLLAMA_CPU: got {os.environ['OPENLLAMA_CPU']!r}, takes one of {', '.join(CPU_LEVELS)}")
+    raise ValueError(
+        f"OPENLLAMA_CPU: got {os.environ['OPENLLAMA_CPU']!r}, takes one of {', '.join(CPU_LEVELS)}"
+    )
 
 #: Why the native library is not in use; empty when it is.
 missing = ""

@@ -91,7 +91,9 @@ class _RmsNorm(torch.autograd.Function):
         return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor, dh: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: torch.Tensor, dh: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
         h, weight, rstd = ctx.saved_tensors
         hidden = h.shape[-1]
         need_x, need_weight, need_residual, _ = ctx.needs_input_grad

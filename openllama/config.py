@@ -147,7 +147,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     plain = origin or kind
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise ValueError(f"{where}: got {value!r}, takes a value of type {_type_name(kind)}")
-    if origin is list:
+    if isinstance(value, list) and args:
         return [_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
     return value
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 import torch
 
+from openllama import __version__
 from openllama.config import ModelConfig, from_dict
 
 MARK = "openllama_version"  # in config.json: this folder is an export of ours, which a newer one may replace
@@ -58,7 +58,7 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "mlp_bias": False,
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),
-        MARK: importlib.metadata.version("openllama"),
+        MARK: __version__,
     }
 
 

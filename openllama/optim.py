@@ -52,7 +52,7 @@ class AdamW(torch.optim.Optimizer):
                 states = [self.state[p] for p in params]
                 adamw(
                     params,
-                    [p.grad for p in params],
+                    [p.grad for p in params if p.grad is not None],
                     [s["exp_avg"] for s in states],
                     [s["exp_avg_sq"] for s in states],
                     [s["master"] for s in states] if dtype in HALVES else [],

@@ -11,7 +11,14 @@ from openllama.optim import AdamW
 
 
 def shapes(hidden, layers, vocab=4096):
-    block = [(3 * hidden, hidden), (hidden, hidden), (6 * hidden, hidden), (hidden, 3 * hidden), (hidden,), (hidden,)]
+    block = [
+        (3 * hidden, hidden),
+        (hidden, hidden),
+        (6 * hidden, hidden),
+        (hidden, 3 * hidden),
+        (hidden,),
+        (hidden,),
+    ]
     return [(vocab, hidden), (vocab, hidden), (hidden,), *block * layers]
 
 
@@ -43,6 +50,5 @@ def test_adamw(versus, device, dtype, hidden, layers):
         steps["torch:fused, no masters"] = torch.optim.AdamW(parameters(dtype), **options, fused=True).step
     count = sum(p.numel() for p in params)
     shape = {"parameters": count, "tensors": len(params), "dtype": str(dtype)[6:]}
-    # weight, both moments: read and written; the gradient read; in bf16 the master read and written, the weight written
-    moved = count * (28 if dtype == torch.float32 else 28)
-    versus("adamw_step", shape, moved, steps)
+    # fp32: weight and moments read and written, the gradient read; bf16: master and moments, gradient, the weight written
+    versus("adamw_step", shape, 28 * count, steps)

@@ -9,7 +9,10 @@ from openllama.ops import rotary, rotary_tables
 def huggingface(qkv, cos, sin, heads):
     """As transformers does: q and k by themselves, each a product with cos and one of its half-turned copy with sin."""
     q, k, v = qkv.split([heads, heads, heads], dim=1)
-    q, k = (t * cos + torch.cat([-t[..., t.shape[-1] // 2 :], t[..., : t.shape[-1] // 2]], -1) * sin for t in (q, k))
+    q, k = (
+        t * cos + torch.cat([-t[..., t.shape[-1] // 2 :], t[..., : t.shape[-1] // 2]], -1) * sin
+        for t in (q, k)
+    )
     return q, k, v
 
 

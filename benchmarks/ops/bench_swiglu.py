@@ -21,5 +21,7 @@ def test_swiglu(versus, device, dtype, intermediate, tokens=2048):
         return lambda: torch.autograd.grad(function(gate_up), gate_up, dact)
 
     shape = {"tokens": tokens, "intermediate": intermediate, "dtype": str(dtype)[6:]}
-    moved = 8 * dact.numel() * dact.element_size()  # forward: gate, up, act; backward: dact, gate, up, both gradients
+    moved = (
+        8 * dact.numel() * dact.element_size()
+    )  # forward: gate, up, act; backward: dact, gate, up, both gradients
     versus("swiglu_fwd_bwd", shape, moved, {"ours": step(swiglu), "eager": step(eager)})

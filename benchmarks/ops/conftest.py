@@ -1,6 +1,7 @@
 """One schema and one table for the op benchmarks.
 
-    python -m pytest benchmarks/ops -q            # all, under 90 s on two CPU cores
+    python -m pytest benchmarks/ops -q            # all, under 90 s on two CPU cores; close what else runs there
+    OMP_NUM_THREADS=1 python -m pytest ...        # on a shared machine: threads that wait for a core cost 4 ms a wait
     python -m pytest benchmarks/ops/bench_swiglu.py -q
 
 A benchmark is `def test_...(versus, ...)`, which hands `versus` the implementations to compare: ours first, then what
@@ -26,9 +27,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-ROUNDS, SECONDS = 15, 0.6  # of each implementation: at most so many runs, and about so long
+ROUNDS, SECONDS = 15, 0.3  # of each implementation: at most so many runs, and about so long
 ROWS: list[dict] = []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_configure(config):
+    config.option.benchmark_quiet = True  # its table has no ratios; ours does
 
 
 def pytest_collect_file(parent, file_path):
@@ -105,7 +110,9 @@ def device_name() -> str:
 
 
 def report() -> dict:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
     from openllama.kernels import library
 
     return {
@@ -143,5 +150,7 @@ def table(rows: list[dict]) -> list[str]:
     lines = []
     for (bench, shape), (ours, *others) in groups.items():
         versus = "  ".join(f"{o['impl']} {o['ms']:.3f} ms ({o['ms'] / ours['ms']:.2f}x)" for o in others)
-        lines.append(f"{bench:22} {shape:44} {ours['impl']} {ours['ms']:8.3f} ms {ours['rate']:6.1f} GB/s | {versus}")
+        lines.append(
+            f"{bench:22} {shape:44} {ours['impl']} {ours['ms']:8.3f} ms {ours['rate']:6.1f} GB/s | {versus}"
+        )
     return lines

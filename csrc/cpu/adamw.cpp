@@ -17,7 +17,7 @@ void update(const AdamWTensor& t, const AdamWStep& s, int64_t begin, int64_t end
     const float m = t.exp_avg[i] + (g - t.exp_avg[i]) * s.new1;
     const float v = s.beta2 * t.exp_avg_sq[i] + s.new2 * g * g;
     const float weight = has_master ? t.master[i] : to_float(param[i]);
-    const float next = weight * s.keep - s.step_size * m / (std::sqrt(v) / s.bias2_sqrt + s.eps);
+    const float next = weight * s.keep - s.step_size * m / (std::sqrt(v) * s.root_scale + s.eps);
     t.exp_avg[i] = m;
     t.exp_avg_sq[i] = v;
     if (has_master) t.master[i] = next;

@@ -38,7 +38,7 @@ class Trainer:
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
         self.dtype = getattr(torch, config.dtype)
-        trackers = config.trackers or None
+        trackers: Any = config.trackers or None
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), log_with=trackers, project_dir=config.out if trackers else None
         )

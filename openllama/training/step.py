@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -78,6 +78,6 @@ def sum_over_ranks(value: float, accelerator: Accelerator) -> float:
     """The sum of a number over all processes."""
     if accelerator.num_processes == 1:
         return value
-    return accelerator.reduce(
-        torch.tensor(value, device=accelerator.device, dtype=torch.float64), "sum"
-    ).item()
+    value_here = torch.tensor(value, device=accelerator.device, dtype=torch.float64)
+    total: Any = accelerator.reduce(value_here, "sum")
+    return total.item()

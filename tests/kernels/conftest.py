@@ -11,7 +11,9 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", DEVICES)
     for name in ("dtype", "size", "compiler"):
         if name in metafunc.fixturenames and hasattr(metafunc.cls, f"{name}s"):
-            metafunc.parametrize(name, getattr(metafunc.cls, f"{name}s"), ids=lambda v: str(v).removeprefix("torch."))
+            metafunc.parametrize(
+                name, getattr(metafunc.cls, f"{name}s"), ids=lambda v: str(v).removeprefix("torch.")
+            )
 
 
 @pytest.fixture(autouse=True)

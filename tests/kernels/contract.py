@@ -164,4 +164,9 @@ class Contract:
                 fake = op(*fakes)
             for r, f in zip(*(v if isinstance(v, tuple) else (v,) for v in (real, fake))):
                 if r is not None:
-                    assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device), op
+                    assert (r.shape, r.stride(), r.dtype, r.device) == (
+                        f.shape,
+                        f.stride(),
+                        f.dtype,
+                        f.device,
+                    ), op

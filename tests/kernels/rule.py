@@ -12,7 +12,9 @@ Tensors = Sequence[torch.Tensor]
 LAYOUTS = ("contiguous", "slice", "inner slice", "misaligned", "every other", "transposed", "expanded")
 
 
-def random(shape: Sequence[int], dtype: torch.dtype, device: str, seed: int, scale: float = 1.0) -> torch.Tensor:
+def random(
+    shape: Sequence[int], dtype: torch.dtype, device: str, seed: int, scale: float = 1.0
+) -> torch.Tensor:
     """Normal values, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * scale).to(device, dtype)
@@ -38,7 +40,12 @@ def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def run(
-    op: Callable, tensors: Tensors, constants: Sequence = (), needs: Sequence[bool] | None = None, douts=None, **options
+    op: Callable,
+    tensors: Tensors,
+    constants: Sequence = (),
+    needs: Sequence[bool] | None = None,
+    douts=None,
+    **options,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     """Outputs, and a gradient (or None) for each of `tensors`, which keep their memory layout."""
     needs = [True] * len(tensors) if needs is None else needs
@@ -106,7 +113,9 @@ def assert_error_rule(
             for measure, slack in ((_largest, ulps), (_root_mean_square, ulps / 2)):
                 bound = factor * measure(t.double() - e) + slack * eps * max(measure(e), floor)
                 error = measure(o.double() - e)
-                assert error <= bound, f"{kind} {i}: {measure.__name__} error {error:.3g}, at most {bound:.3g}"
+                assert error <= bound, (
+                    f"{kind} {i}: {measure.__name__} error {error:.3g}, at most {bound:.3g}"
+                )
 
 
 def _largest(t: torch.Tensor) -> float:

@@ -1,5 +1,7 @@
 """attention: dense, packed documents, grouped heads."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -13,7 +15,10 @@ def eager(q, k, v, cu_seqlens=None, max_seqlen=None, causal=True):
     """Attention as a user writes it in q's dtype, a document at a time."""
     if cu_seqlens is not None:
         borders = cu_seqlens.tolist()
-        pieces = [eager(q[None, a:b], k[None, a:b], v[None, a:b], causal=causal) for a, b in zip(borders, borders[1:])]
+        pieces = [
+            eager(q[None, a:b], k[None, a:b], v[None, a:b], causal=causal)
+            for a, b in itertools.pairwise(borders)
+        ]
         return torch.cat(pieces, dim=1)[0]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
@@ -67,7 +72,9 @@ class TestPacked(Heads):
         tensors = [random(shape, dtype, device, seed + i) for i, shape in enumerate(shapes)]
         return tensors, (borders_of(rows, device, seed), rows)
 
-    test_compiled_equals_eager = None  # a document at a time needs its borders on the CPU: it is a graph break
+    test_compiled_equals_eager = (
+        None  # a document at a time needs its borders on the CPU: it is a graph break
+    )
 
 
 def packed(lengths, dtype=F32, device="cpu", heads=4, kv_heads=2, seed=0):

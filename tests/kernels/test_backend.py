@@ -30,7 +30,9 @@ def python(code, cwd=None, **environment):
 
 
 def test_every_op_has_a_reference_last():
-    assert all(names[-1] == "reference" and set(names) <= set(backend.NAMES) for names in backend.TABLE.values())
+    assert all(
+        names[-1] == "reference" and set(names) <= set(backend.NAMES) for names in backend.TABLE.values()
+    )
 
 
 def test_explain_says_what_is_used_and_why_not_better():
@@ -47,7 +49,10 @@ def test_explain_says_what_is_used_and_why_not_better():
 @pytest.mark.parametrize("name", backend.TABLE)
 def test_choice_is_what_explain_says(name):
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        assert backend.choose(name, torch.empty(0, dtype=dtype), None) == backend.explain(name, CPU, dtype).backend
+        assert (
+            backend.choose(name, torch.empty(0, dtype=dtype), None)
+            == backend.explain(name, CPU, dtype).backend
+        )
 
 
 X, W = torch.ones(2, 4), torch.ones(4)
@@ -99,7 +104,11 @@ def test_environment_forces_a_backend_where_an_op_has_it(name, ours):
 @pytest.mark.parametrize(
     "variable, value, message",
     [
-        ("OPENLLAMA_BACKEND", "gpu", "OPENLLAMA_BACKEND: got 'gpu', takes one of cuda, triton, cpu, torch, reference"),
+        (
+            "OPENLLAMA_BACKEND",
+            "gpu",
+            "OPENLLAMA_BACKEND: got 'gpu', takes one of cuda, triton, cpu, torch, reference",
+        ),
         ("OPENLLAMA_CPU", "sse", "OPENLLAMA_CPU: got 'sse', takes one of base, avx2, avx512"),
     ],
 )

@@ -142,13 +142,17 @@ def test_impossible_label_names_its_row(label):
 def test_raw_backward_writes_nothing_for_an_impossible_label():
     logits, dloss = random((4, 41), F32, "cpu", 0), torch.zeros(4)
     with pytest.raises(RuntimeError, match=r"labels\[1\] is 1000"):
-        torch.ops.openllama.cross_entropy_bwd(dloss, logits, torch.tensor([0, 1000, 2, 3]), torch.zeros(4, 2), -100)
+        torch.ops.openllama.cross_entropy_bwd(
+            dloss, logits, torch.tensor([0, 1000, 2, 3]), torch.zeros(4, 2), -100
+        )
 
 
 def test_any_leading_shape(device):
     logits, labels = random((30, 7), F32, device, 0), labels_for(30, 7, device, 0)
     flat = cross_entropy(logits, labels, reduction="none")
-    assert torch.equal(cross_entropy(logits.view(2, 15, 7), labels.view(2, 15), reduction="none"), flat.view(2, 15))
+    assert torch.equal(
+        cross_entropy(logits.view(2, 15, 7), labels.view(2, 15), reduction="none"), flat.view(2, 15)
+    )
     assert torch.equal(cross_entropy(logits[3], labels[3], reduction="none"), flat[3])
 
 
@@ -162,7 +166,12 @@ X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)
         ((X, Y.float()), {}, TypeError, "labels: got torch.float32, takes int32 or int64"),
         ((X.int(), Y), {}, TypeError, "logits: got torch.int32"),
         ((X[:, :0], Y), {}, ValueError, r"logits: got shape \(4, 0\)"),
-        ((X, Y), {"reduction": "average"}, ValueError, "reduction: got 'average', takes one of none, mean, sum"),
+        (
+            (X, Y),
+            {"reduction": "average"},
+            ValueError,
+            "reduction: got 'average', takes one of none, mean, sum",
+        ),
         ((X, Y.to("meta")), {}, ValueError, "labels: got a tensor on meta, takes logits's cpu"),
     ],
 )
@@ -176,7 +185,10 @@ def test_more_than_2_to_the_31_elements():
     rows, vocab = 17_000, 128_256  # 2.18e9 logits: 4.4 GB in bf16, 8.7 GB in fp32
     if torch.cuda.mem_get_info()[0] < 45 * 2**30:
         pytest.skip("needs 45 GB of free GPU memory")
-    logits, labels = torch.zeros(rows, vocab, dtype=BF16, device="cuda"), labels_for(rows, vocab, "cuda", 0, ignored=0)
+    logits, labels = (
+        torch.zeros(rows, vocab, dtype=BF16, device="cuda"),
+        labels_for(rows, vocab, "cuda", 0, ignored=0),
+    )
     logits[-1] = random((vocab,), BF16, "cuda", 0)
     with torch.no_grad():
         losses = cross_entropy(logits, labels, reduction="none")

@@ -18,7 +18,9 @@ from .test_backend import python
 ROOT = Path(__file__).resolve().parents[2]
 INFO = library.build_info()
 
-needs_cuda_build = pytest.mark.skipif(not library.has_cuda, reason="the library was built without CUDA (no nvcc)")
+needs_cuda_build = pytest.mark.skipif(
+    not library.has_cuda, reason="the library was built without CUDA (no nvcc)"
+)
 
 
 def toolkit() -> Path | None:
@@ -57,11 +59,16 @@ def test_every_cuda_source_compiles_without_spills(tmp_path):
     for source, command in commands:
         command = [w for w in command if w not in ("-MMD", "-MF") and not w.endswith(".o.d")]
         command[command.index("-o") + 1] = str(tmp_path / f"{source.replace('/', '.')}.o")
-        running.append((source, subprocess.Popen([*command, "-Xptxas=-v"], stderr=subprocess.PIPE, text=True)))
+        running.append(
+            (source, subprocess.Popen([*command, "-Xptxas=-v"], stderr=subprocess.PIPE, text=True))
+        )
     for source, process in running:
         report = process.communicate(timeout=300)[1]
         assert process.returncode == 0, report
-        spills = [(int(a), int(b)) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)]
+        spills = [
+            (int(a), int(b))
+            for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        ]
         assert spills and not any(a or b for a, b in spills), f"{source}:\n{report}"
         compiled = set(re.findall(r"for '(sm_\w+)'", report))
         assert compiled == ({"sm_90a"} if source.startswith("hopper/") else {"sm_80", "sm_90"}), source
@@ -79,7 +86,10 @@ def fat_binary_entries() -> list[tuple[str, str]]:
         entry, end = start + header, start + header + size
         while entry < end:
             kind, _, entry_header, payload = struct.unpack_from("<HHIQ", data, entry)
-            arch, flags = struct.unpack_from("<I", data, entry + 28)[0], struct.unpack_from("<I", data, entry + 40)[0]
+            arch, flags = (
+                struct.unpack_from("<I", data, entry + 28)[0],
+                struct.unpack_from("<I", data, entry + 40)[0],
+            )
             found.append(({1: "ptx", 2: "elf"}[kind], f"{arch}{'a' if flags >> 20 & 1 else ''}"))
             entry += entry_header + payload
         start = end
@@ -97,7 +107,9 @@ def test_binary_holds_code_for_every_architecture():
 def newer_than(version: tuple[int, int]) -> set[str]:
     """Functions of torch's stable ABI that came after `version`, by the guards in its header."""
     header = Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h"
-    sections = re.split(r"^#if TORCH_FEATURE_VERSION >= TORCH_VERSION_(\d+)_(\d+)_\d+", header.read_text(), flags=re.M)
+    sections = re.split(
+        r"^#if TORCH_FEATURE_VERSION >= TORCH_VERSION_(\d+)_(\d+)_\d+", header.read_text(), flags=re.M
+    )
     names = {"torch_stream_native_handle"}  # of 2.13
     for major, minor, section in zip(sections[1::3], sections[2::3], sections[3::3]):
         if (int(major), int(minor)) > version:
@@ -107,11 +119,17 @@ def newer_than(version: tuple[int, int]) -> set[str]:
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is not here")
 def test_library_asks_for_nothing_newer_than_torch_2_11():
-    listing = subprocess.run(["nm", "-D", "--undefined-only", str(library.PATH)], capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library.PATH)], capture_output=True, text=True
+    ).stdout
     names = {line.split()[-1].split("@")[0] for line in listing.splitlines()}
     assert "torch_call_dispatcher" in names and not names & newer_than((2, 11))
     # mangled names of torch's C++ ABI change with each version, and Python's and the driver's are not the library's
-    assert not [n for n in names if n.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "Py", "_Py", "cublas", "cuTensor"))]
+    assert not [
+        n
+        for n in names
+        if n.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "Py", "_Py", "cublas", "cuTensor"))
+    ]
     if library.has_cuda:  # weak: a CPU build of torch has no such symbol
         assert re.search(r"^\s+w aoti_torch_get_current_cuda_stream$", listing, re.M)
 
@@ -146,7 +164,9 @@ torch.save([library.build_info()["cpu"], results], PATH)
 """
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other machines have the base level only")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="other machines have the base level only"
+)
 def test_cpu_levels_agree(tmp_path):
     """Each instruction set's kernels, forced by OPENLLAMA_CPU, against the best one's."""
     results = {}

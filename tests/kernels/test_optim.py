@@ -110,7 +110,9 @@ def test_frozen_unused_empty_and_late_parameters(device):
 
 
 def test_mixed_dtypes_in_one_group(device):
-    params = [nn.Parameter(random((n,), dtype, device, n)) for n, dtype in ((3, F32), (4, BF16), (5, F64), (6, F32))]
+    params = [
+        nn.Parameter(random((n,), dtype, device, n)) for n, dtype in ((3, F32), (4, BF16), (5, F64), (6, F32))
+    ]
     before = [p.detach().clone() for p in params]
     optimizer = AdamW(params, lr=0.1, eps=0.0)
     for p in params:

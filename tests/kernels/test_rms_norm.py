@@ -22,7 +22,11 @@ def huggingface(x, weight, residual=None):
 
 def inputs(rows, hidden, dtype, device, seed=0, weight_dtype=None):
     weight = 1 + random((hidden,), weight_dtype or dtype, device, seed + 1, scale=0.1)
-    return [random((rows, hidden), dtype, device, seed), weight, random((rows, hidden), dtype, device, seed + 2)]
+    return [
+        random((rows, hidden), dtype, device, seed),
+        weight,
+        random((rows, hidden), dtype, device, seed + 2),
+    ]
 
 
 class TestRmsNorm(Contract):
@@ -38,7 +42,9 @@ class TestRmsNorm(Contract):
         return huggingface(x, weight)
 
     def floor(self, size):
-        return 3.0 if size == 1 else 0.0  # y is weight's sign there, and dx what two equal terms of that size leave
+        return (
+            3.0 if size == 1 else 0.0
+        )  # y is weight's sign there, and dx what two equal terms of that size leave
 
     def fuzz_size(self, rng):
         return rng.choice((2, 3, 8, 15, 16, 17, 64, 100, 257, 1000))
@@ -114,7 +120,7 @@ def test_a_change_of_x_before_backward_is_noticed():
     moved = x * 1
     y = rms_norm(moved, weight)
     moved.add_(1)
-    with pytest.raises(RuntimeError, match="modified.*inplace"):
+    with pytest.raises(RuntimeError, match=r"modified.*inplace"):
         y.sum().backward()
 
 

@@ -102,7 +102,11 @@ def test_misaligned_rows_take_single_elements():
         x, residual, dy = (b[base : base + 40 * stride].view(40, stride)[:, :hidden] for b in buffer)
         weight = inputs(1, hidden, BF16, "cuda")[1]
         ours = run(lambda x, w, r: rms_norm(x, w, 1e-6, r), [x, weight, residual], douts=[dy, dy])
-        theirs = run(lambda x, w, r: rms_norm(x, w, 1e-6, r, backend="reference"), [x, weight, residual], douts=[dy, dy])
+        theirs = run(
+            lambda x, w, r: rms_norm(x, w, 1e-6, r, backend="reference"),
+            [x, weight, residual],
+            douts=[dy, dy],
+        )
         for o, t in zip(ours, theirs):
             all_near(o, t, 4, f"{hidden} {stride} {base}")
 

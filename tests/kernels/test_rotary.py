@@ -24,7 +24,15 @@ def huggingface(x, cos, sin, positions, rotated):
 
 
 class TestRotary(Contract):
-    sizes = ((3, 2, 8), (1, 1, 2), (1, 1, 128), (5, 0, 4), (6, 5, 64), (2, 2, 6), (12, 8, 122))  # heads, rotated, head_dim
+    sizes = (
+        (3, 2, 8),
+        (1, 1, 2),
+        (1, 1, 128),
+        (5, 0, 4),
+        (6, 5, 64),
+        (2, 2, 6),
+        (12, 8, 122),
+    )  # heads, rotated, head_dim
 
     def make(self, rows, size, dtype, device, seed=0):
         heads, rotated, head_dim = size
@@ -110,7 +118,9 @@ def test_in_place_under_checkpoint_turns_once(device, reentrant):
 
     plain = gradients(lambda *leaves: loss(*leaves, False))
     for inplace in (False, True):
-        again = gradients(lambda *leaves, inplace=inplace: checkpoint(loss, *leaves, inplace, use_reentrant=reentrant))
+        again = gradients(
+            lambda *leaves, inplace=inplace: checkpoint(loss, *leaves, inplace, use_reentrant=reentrant)
+        )
         assert all(torch.equal(a, p) for a, p in zip(again, plain))
 
 
@@ -127,7 +137,9 @@ def test_in_place_writes_through_a_slice_of_wider_rows(device):
 def test_in_place_compiled(device):
     torch._dynamo.reset()
     x, constants = example(device=device)
-    compiled = torch.compile(lambda x: rotary(x * 2, *constants, inplace=True), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: rotary(x * 2, *constants, inplace=True), fullgraph=True, backend="aot_eager"
+    )
     ours, theirs = run(compiled, [x]), run(lambda x: rotary(x * 2, *constants), [x])
     assert torch.equal(ours[0][0], theirs[0][0]) and torch.equal(ours[1][0], theirs[1][0])
 
@@ -156,7 +168,12 @@ X, (COS, SIN, POSITIONS, _) = example()
         ((X[..., :0], COS, SIN, POSITIONS), {}, ValueError, r"x: got shape \(9, 6, 0\)"),
         ((X, COS[:, :4], SIN, POSITIONS), {}, ValueError, r"cos: got shape \(64, 4\), takes \(64, 8\)"),
         ((X, COS, SIN[:3], POSITIONS), {}, ValueError, r"sin: got shape \(3, 8\), takes \(64, 8\)"),
-        ((X, COS.bfloat16(), SIN, POSITIONS), {}, TypeError, "cos: got torch.bfloat16, takes the tables's torch.float32"),
+        (
+            (X, COS.bfloat16(), SIN, POSITIONS),
+            {},
+            TypeError,
+            "cos: got torch.bfloat16, takes the tables's torch.float32",
+        ),
         ((X, COS, SIN, POSITIONS[:3]), {}, ValueError, r"positions: got shape \(3,\), takes \(9,\)"),
         ((X, COS, SIN, POSITIONS.float()), {}, TypeError, "positions: got torch.float32"),
         ((X, COS, SIN, POSITIONS, 7), {}, ValueError, "rotated: got 7, takes 0 to x's 6 heads"),
@@ -204,5 +221,7 @@ def test_tables_tell_far_positions_apart():
 
 
 def test_unknown_scaling_is_named():
-    with pytest.raises(ValueError, match="rope_scaling: got rope_type 'longrope', takes 'default', 'linear' or 'llama3'"):
+    with pytest.raises(
+        ValueError, match="rope_scaling: got rope_type 'longrope', takes 'default', 'linear' or 'llama3'"
+    ):
         rotary_tables(8, 8, scaling={"rope_type": "longrope"})

@@ -29,7 +29,10 @@ class TestSwiglu(Contract):
             pytest.skip("the raw op has no such kernel")
         wide = random((5, 40), dtype, device, 0)
         ops = torch.ops.openllama
-        return [(ops.swiglu_fwd.default, (wide[:, 3:17],)), (ops.swiglu_bwd.default, (wide[:, 9:16], wide[:, 3:17]))]
+        return [
+            (ops.swiglu_fwd.default, (wide[:, 3:17],)),
+            (ops.swiglu_bwd.default, (wide[:, 9:16], wide[:, 3:17])),
+        ]
 
     def fuzz_size(self, rng):
         return rng.choice((1, 2, 3, 8, 15, 16, 17, 64, 100, 257))

@@ -1,0 +1,110 @@
+"""Turns benchmarks/results/*.json into README.md's tables and docs/speed.{svg,png}: `make report`.
+
+No figure in the README is typed by hand: what stands between its `<!-- NAME -->` and `<!-- /NAME -->` lines is written
+here, with the device, versions and commit of each run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "speed"
+
+
+def load(prefix: str) -> list[dict[str, Any]]:
+    """The stored runs whose name starts with `prefix`, in name order."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{prefix}*.json"))]
+
+
+def shape_text(shape: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in shape.items())
+
+
+def source(run: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return f"{run['device']}; {versions}; commit {run['commit']}, {run['date']}: `{run['command']}`"
+
+
+def training_table(runs: list[dict[str, Any]]) -> str:
+    lines = ["| | device | ours, tokens/s | peer, tokens/s | ours is | MFU of ours |", "|---|---|---|---|---|---|"]
+    for run in runs:
+        ours = next(r for r in run["rows"] if r["impl"] == "ours")
+        mfu = f"{ours['of_ceiling']:.1%}" if ours["of_ceiling"] else "N/A"
+        for peer in (r for r in run["rows"] if r["impl"] != "ours"):
+            lines.append(
+                f"| {shape_text(ours['shape'])}, {ours['dtype']}, peer {peer['impl']} | {run['device']} | "
+                f"{ours['rate']:,.0f} | {peer['rate']:,.0f} | {peer['ratio']:.2f}x | {mfu} |"
+            )
+    return "\n".join([*lines, "", *(f"<sub>{source(run)}</sub><br>" for run in runs)])
+
+
+def ops_table(runs: list[dict[str, Any]]) -> str:
+    """Forward + backward of each op and shape: ours, and the fastest of the others."""
+    lines = ["| op, forward + backward | shape | ours, ms | best other | its ms | ours is |", "|---|---|---|---|---|---|"]
+    for run in runs:
+        for ours in (r for r in run["rows"] if r["impl"].startswith("ours")):
+            key = (ours["bench"], ours["shape"])
+            others = [r for r in run["rows"] if (r["bench"], r["shape"]) == key and not r["impl"].startswith("ours")]
+            if not others:
+                continue
+            best = min(others, key=lambda r: r["ms"])
+            lines.append(
+                f"| {ours['bench']} | {shape_text(ours['shape'])} | {ours['ms']:.2f} | {best['impl']} | {best['ms']:.2f} | "
+                f"{best['ms'] / ours['ms']:.2f}x |"
+            )
+    return "\n".join([*lines, "", *(f"<sub>{source(run)}</sub><br>" for run in runs)])
+
+
+def draw(runs: list[dict[str, Any]]) -> None:
+    """Training speed of ours over each peer's, one bar a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [
+        (f"{r['shape'].get('preset', '')} vs {r['impl']}\n{short_device(run['device'])}", r["ratio"])
+        for run in runs
+        for r in run["rows"]
+        if r["impl"] != "ours"
+    ]
+    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.7 * len(bars)), constrained_layout=True)
+    names, ratios = [b[0] for b in bars], [b[1] for b in bars]
+    drawn = axes.barh(names, ratios, color=["tab:green" if r >= 1 else "tab:gray" for r in ratios])
+    axes.bar_label(drawn, [f"{r:.2f}x" for r in ratios], padding=3)
+    axes.axvline(1, color="k", lw=0.8, ls="--")
+    axes.set(xlabel="training speed, ours / peer (same weights, batches and run)", xlim=(0, max(ratios) * 1.15))
+    axes.invert_yaxis()
+    PICTURE.parent.mkdir(exist_ok=True)
+    for suffix in (".svg", ".png"):
+        figure.savefig(PICTURE.with_suffix(suffix), dpi=130)
+
+
+def short_device(name: str) -> str:
+    return re.sub(r"\s+(80GB|HBM3|with.*)", "", name)
+
+
+def fill(text: str, name: str, body: str) -> str:
+    """`text` with what stands between NAME's two marks replaced. Raises ValueError where a mark is missing."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"{README}: takes {start} and {end} once each")
+    return text[: text.index(start) + len(start)] + f"\n{body}\n" + text[text.index(end) :]
+
+
+def main() -> None:
+    runs = load("tokens-per-second")
+    text = fill(README.read_text(), "training", training_table(runs))
+    README.write_text(fill(text, "ops", ops_table(load("ops-"))))
+    draw(runs)
+    print(f"wrote {README.name} and {PICTURE.relative_to(ROOT)}.svg, .png from {len(runs)} training runs")
+
+
+if __name__ == "__main__":
+    main()
