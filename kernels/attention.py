@@ -10,6 +10,7 @@ for packs on a GPU.
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,7 @@ def _check(q, k, v, cu_seqlens, max_seqlen) -> None:
             raise ValueError(
                 f"cu_seqlens: got {borders[:8]}..{borders[-1]}, takes 0 to q's {len(q)} tokens, not falling"
             )
-        longest = max(end - start for start, end in zip(borders, borders[1:]))
+        longest = max(end - start for start, end in itertools.pairwise(borders))
         if max_seqlen < longest:
             raise ValueError(f"max_seqlen: got {max_seqlen}, takes at least the longest document's {longest}")
 
