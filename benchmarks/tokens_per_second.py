@@ -56,9 +56,9 @@ def synthetic_batches(vocab: int, batch: int, seq: int, count: int, seed: int = 
 
 
 def compare(
-    model: Llama, steps: Sequence[Sequence[Batch]], peers: Sequence[str], device: torch.device
+    model: Llama, steps: Sequence[Sequence[Batch]], rows: int, peers: Sequence[str], device: torch.device
 ) -> list[dict[str, Any]]:
-    """Times one optimizer step for each entry of `steps` (micro-batches), ours and the peers' in turn.
+    """Times one optimizer step for each entry of `steps` (micro-batches of `rows` packs), ours and the peers' in turn.
 
     Returns rows of benchmarks/results.py's schema; `ratio` is ours over the peer, `loss_gap` the largest relative
     difference of the losses: they must agree for the comparison to be one.
@@ -68,7 +68,7 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         if "hf" in peers:
             hf.export_hf(model, Path(folder) / "hf")
-            sides.append(HuggingFace(Path(folder) / "hf", device, dtype, LR, CLIP))
+            sides.append(HuggingFace(Path(folder) / "hf", rows, device, dtype, LR, CLIP))
     sides.insert(0, Ours(model, Accelerator(cpu=device.type == "cpu")))
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     losses: dict[str, list[float]] = {side.name: [] for side in sides}
@@ -156,7 +156,7 @@ def main() -> None:
     count = (args.steps + WARMUP) * args.accumulation
     batches = synthetic_batches(model.config.vocab_size, args.batch, args.seq, count)
     steps = [batches[i : i + args.accumulation] for i in range(0, count, args.accumulation)]
-    rows = compare(model, steps, args.peers, device)
+    rows = compare(model, steps, args.batch, args.peers, device)
     for row in rows:
         row["shape"] = {
             "preset": args.preset,

@@ -297,16 +297,27 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd_cpu(Tensor logits, Tensor labels, i
   return {loss, lse};
 }
 
-Tensor cross_entropy_bwd_cpu(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int64_t ignore_index) {
+void run_cross_entropy_bwd(const Tensor& dloss, const Tensor& logits, const Tensor& labels, const Tensor& lse,
+                           int64_t ignore_index, const Tensor& dlogits) {
   CrossEntropy args = cross_entropy_args(logits, labels, ignore_index);
   check_flat(dloss, "dloss", args.rows, ScalarType::Float);
   check_flat(lse, "lse", 2 * args.rows, ScalarType::Float);
-  Tensor dlogits = new_like(logits, {args.rows, args.vocab});
   args.lse = static_cast<float*>(lse.mutable_data_ptr());
   args.dloss = static_cast<const float*>(dloss.const_data_ptr());
   args.dlogits = dlogits.mutable_data_ptr();
+  args.dlogits_stride = dlogits.stride(0);
   for_labels(args, [&](int64_t begin, int64_t end) { return CPU_CALL(cross_entropy_bwd, args, begin, end); });
+}
+
+Tensor cross_entropy_bwd_cpu(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int64_t ignore_index) {
+  Tensor dlogits = new_like(logits, {logits.size(0), logits.size(1)});
+  run_cross_entropy_bwd(dloss, logits, labels, lse, ignore_index, dlogits);
   return dlogits;
+}
+
+void cross_entropy_bwd_inplace_cpu(Tensor dloss, Tensor logits, Tensor labels, Tensor lse,
+                                   int64_t ignore_index) {
+  run_cross_entropy_bwd(dloss, logits, labels, lse, ignore_index, logits);
 }
 
 // ---------------------------------------------------------------- adamw
@@ -458,6 +469,9 @@ STABLE_TORCH_LIBRARY(openllama, m) {
       "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int ignore_index) -> Tensor "
       "dlogits");
   m.def(
+      "cross_entropy_bwd_(Tensor dloss, Tensor(a!) logits, Tensor labels, Tensor lse, int ignore_index) -> "
+      "()");
+  m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] masters, float lr, float beta1, float beta2, float eps, float weight_decay, int step, "
       "float grad_scale) -> ()");
@@ -477,6 +491,7 @@ STABLE_TORCH_LIBRARY_IMPL(openllama, CPU, m) {
   m.impl("swiglu_bwd", TORCH_BOX(&swiglu_bwd_cpu));
   m.impl("cross_entropy_fwd", TORCH_BOX(&cross_entropy_fwd_cpu));
   m.impl("cross_entropy_bwd", TORCH_BOX(&cross_entropy_bwd_cpu));
+  m.impl("cross_entropy_bwd_", TORCH_BOX(&cross_entropy_bwd_inplace_cpu));
   m.impl("adamw_", TORCH_BOX(&adamw_cpu));
 }
 

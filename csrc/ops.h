@@ -71,8 +71,8 @@ struct CrossEntropy {
   float* loss;            // (rows)
   float* lse;             // (rows, 2)
   const float* dloss;     // (rows), backward only
-  void* dlogits;          // (rows, vocab), backward only
-  int64_t rows, vocab, logits_stride, ignore_index;
+  void* dlogits;          // (rows, vocab), backward only; may be logits
+  int64_t rows, vocab, logits_stride, dlogits_stride, ignore_index;
   Dtype dtype;
 };
 

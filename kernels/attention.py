@@ -85,11 +85,21 @@ def _varlen(q, k, v, cu_seqlens, max_seqlen, causal: bool, scale: float) -> torc
 
 
 def _per_document(q, k, v, cu_seqlens, causal: bool, scale: float) -> torch.Tensor:
-    lengths = cu_seqlens.diff().tolist()
-    pieces = zip(*(t.split(lengths) for t in (q, k, v)))
-    return torch.cat(
-        [_sdpa(*(t[None] for t in piece), causal, scale)[0] for piece in pieces if len(piece[0])]
-    )
+    """One SDPA call for each run of neighbouring documents of equal length."""
+    runs = [
+        (length, len(list(run))) for length, run in itertools.groupby(cu_seqlens.diff().tolist()) if length
+    ]
+    pieces = zip(runs, *(t.split([length * count for length, count in runs]) for t in (q, k, v)))
+    return torch.cat([_sdpa_run(count, *piece, causal, scale) for (_, count), *piece in pieces])
+
+
+def _sdpa_run(count: int, q, k, v, causal: bool, scale: float) -> torch.Tensor:
+    """`count` packed documents of one length as a dense batch."""
+    batch = [t.unflatten(0, (count, -1)) for t in (q, k, v)]
+    if q.device.type == "cpu" and count * k.shape[1] < torch.get_num_threads():
+        # SDPA's CPU backward splits the work over documents and key heads: give it a key head for each query head
+        batch[1:] = [t.repeat_interleave(q.shape[1] // t.shape[2], dim=2) for t in batch[1:]]
+    return _sdpa(*batch, causal, scale).flatten(0, 1)
 
 
 def _check(q, k, v, cu_seqlens, max_seqlen) -> None:

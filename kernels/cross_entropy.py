@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import backend as backends
 from . import checks, library
@@ -25,6 +26,7 @@ def cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    inplace_backward: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Cross-entropy in nats.
@@ -35,6 +37,8 @@ def cross_entropy(
         ignore_index: rows with this label give loss 0 and gradient 0, and don't count in the mean.
         reduction: `none`: a loss for each row; `sum`; `mean`: the sum over the number of rows that count (0 where
             none does, as an empty batch has no error to learn from; PyTorch gives NaN).
+        inplace_backward: backward may write the gradient over the logits, for logits that nothing else reads: no second
+            tensor of their size. The reference and compiled graphs leave them alone.
         backend: `cpu`, `reference`; None chooses.
 
     Returns:
@@ -50,7 +54,8 @@ def cross_entropy(
     if backends.choose("cross_entropy", logits, backend) == "reference":
         losses = cross_entropy_reference(logits, labels, ignore_index)
     else:
-        losses = _CrossEntropy.apply(logits, labels, ignore_index)
+        inplace = inplace_backward and not torch.compiler.is_compiling()
+        losses = _CrossEntropy.apply(logits, labels, ignore_index, inplace)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -73,20 +78,30 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> None:
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, inplace: bool
+    ) -> torch.Tensor:
         flat = checks.rows(logits, logits.shape[-1])
         flat_labels = labels.reshape(-1).to(torch.int64).contiguous()
         loss, lse = torch.ops.openllama.cross_entropy_fwd(flat, flat_labels, ignore_index)
         ctx.save_for_backward(flat, flat_labels, lse)
-        ctx.ignore_index, ctx.shape = ignore_index, logits.shape
+        ctx.ignore_index, ctx.shape, ctx.inplace = ignore_index, logits.shape, inplace
         return loss.view(labels.shape)
 
     @staticmethod
+    @once_differentiable  # a second derivative raises instead of being wrong
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat, labels, lse = ctx.saved_tensors
         dloss = dloss.reshape(-1).contiguous()
-        dlogits = torch.ops.openllama.cross_entropy_bwd(dloss, flat, labels, lse, ctx.ignore_index)
-        return dlogits.view(ctx.shape), None, None
+        if ctx.inplace:
+            torch.ops.openllama.cross_entropy_bwd_(dloss, flat, labels, lse, ctx.ignore_index)
+            torch.autograd.graph.increment_version(
+                flat
+            )  # a second backward must fail, not read the gradient as logits
+            dlogits = flat
+        else:
+            dlogits = torch.ops.openllama.cross_entropy_bwd(dloss, flat, labels, lse, ctx.ignore_index)
+        return dlogits.view(ctx.shape), None, None, None
 
 
 @library.fake("cross_entropy_fwd")
@@ -98,6 +113,11 @@ def _(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> tuple[to
 @library.fake("cross_entropy_bwd")
 def _(dloss, logits: torch.Tensor, labels, lse, ignore_index: int) -> torch.Tensor:
     return logits.new_empty(logits.shape)
+
+
+@library.fake("cross_entropy_bwd_")
+def _(dloss, logits: torch.Tensor, labels, lse, ignore_index: int) -> None:
+    return None
 
 
 def cross_entropy_reference(

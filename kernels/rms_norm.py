@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, overload
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import backend as backends
 from . import checks, library
@@ -91,6 +92,7 @@ class _RmsNorm(torch.autograd.Function):
         return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
 
     @staticmethod
+    @once_differentiable  # a second derivative raises instead of being wrong
     def backward(
         ctx: Any, dy: torch.Tensor, dh: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:

@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import backend as backends
 from . import checks, library
@@ -136,6 +137,7 @@ class _Rotary(torch.autograd.Function):
         return x
 
     @staticmethod
+    @once_differentiable  # a second derivative raises instead of being wrong
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
         dout = dout if _is_dense(dout) else dout.clone(memory_format=torch.contiguous_format)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import backend as backends
 from . import checks, library
@@ -49,6 +50,7 @@ class _Swiglu(torch.autograd.Function):
         return torch.ops.openllama.swiglu_fwd(flat).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
     @staticmethod
+    @once_differentiable  # a second derivative raises instead of being wrong
     def backward(ctx: Any, dact: torch.Tensor) -> torch.Tensor:
         (flat,) = ctx.saved_tensors
         return torch.ops.openllama.swiglu_bwd(checks.rows(dact, dact.shape[-1]), flat).view(ctx.shape)

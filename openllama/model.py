@@ -166,7 +166,7 @@ class Llama(nn.Module):
         logits = self.head(self.hidden_states(ids, positions, cu_seqlens, max_seqlen))
         if labels is None:
             return logits.view(*ids.shape, self.config.vocab_size)
-        return cross_entropy(logits, labels.reshape(-1), reduction="sum")
+        return cross_entropy(logits, labels.reshape(-1), reduction="sum", inplace_backward=True)
 
     def _context(self, ids, positions, cu_seqlens, max_seqlen) -> Context:
         _check_ids(ids, self.config.vocab_size)

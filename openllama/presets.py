@@ -14,9 +14,10 @@ _LLAMA3_SCALING = {
 }
 
 PRESETS: dict[str, ModelConfig] = {
-    # Small enough to learn Python on two CPU cores in a few minutes (the quickstart).
+    # Learns Python on two CPU cores in three minutes (the quickstart): of 1.3, 2.4 and 4.0 M parameters, the smallest
+    # came furthest in that time, since it saw the most tokens.
     "tiny": ModelConfig(
-        vocab_size=4096, hidden=256, intermediate=704, layers=4, heads=4, kv_heads=2, max_positions=1024,
+        vocab_size=4096, hidden=128, intermediate=384, layers=4, heads=2, kv_heads=1, max_positions=1024,
         tied=True, stable_embedding=True, init_std=0.02,
     ),
     "125m": ModelConfig(

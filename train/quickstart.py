@@ -36,7 +36,7 @@ from openllama.training.step import batch_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self", "import os\n")
-TIMED_STEPS = 10
+TIMED_STEPS = 12
 
 
 class Quickstart:
@@ -162,7 +162,7 @@ class Quickstart:
         """Export to HuggingFace, and its held-out loss there"""
         folder = self.out / "hf"
         hf.export_hf(self.model, folder, self.settings.tokenizer)
-        peer = HuggingFace(folder, self.device, self.model.embed.weight.dtype, lr=0.0, clip=1.0)
+        peer = HuggingFace(folder, self.settings.batch, self.device, self.model.embed.weight.dtype)
         loader = PackedLoader(self.valid_tokens, self.settings.context, self.settings.batch)
         with torch.no_grad():
             total = sum(float(peer.loss(b)) for b in loader.one_epoch())
@@ -182,7 +182,7 @@ class Quickstart:
         loader = PackedLoader(self.train_tokens, c.context, c.batch, seed=1)
         count = TIMED_STEPS + tokens_per_second.WARMUP
         steps = [[next(loader) for _ in range(c.accumulation)] for _ in range(count)]
-        rows = tokens_per_second.compare(self.model, steps, ["hf"], self.device)
+        rows = tokens_per_second.compare(self.model, steps, c.batch, ["hf"], self.device)
         for row in rows:
             row["shape"] = {"preset": c.preset, "batch": c.batch, "seq": c.context}
         print(tokens_per_second.table(rows))

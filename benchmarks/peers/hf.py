@@ -16,13 +16,17 @@ class HuggingFace:
 
     name = "hf:sdpa"
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, lr: float, clip: float):
+    def __init__(
+        self, folder: Path, rows: int, device: torch.device, dtype: torch.dtype, lr: float = 1e-4, clip: float = 1.0
+    ):
+        """The model in `folder`; a micro-batch reaches it as (rows, tokens / rows), the shape it is fastest in."""
         from transformers import LlamaForCausalLM
+        from transformers.utils import logging
 
-        self.device, self.clip = device, clip
-        self.model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(
-            device
-        )
+        logging.disable_progress_bar()
+        self.rows, self.device, self.clip = rows, device, clip
+        self.model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self.model.to(device)
         decay = [p for p in self.model.parameters() if p.dim() >= 2]
         rest = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -30,11 +34,11 @@ class HuggingFace:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Summed cross-entropy. transformers reads document borders off the restarting positions and masks them."""
-        ids, positions, labels = (t.to(self.device) for t in (batch.ids, batch.positions, batch.labels))
-        logits = self.model(input_ids=ids[None], position_ids=positions[None].long(), use_cache=False).logits[
-            0
-        ]
-        return F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+        ids, positions, labels = (
+            t.to(self.device).view(self.rows, -1) for t in (batch.ids, batch.positions, batch.labels)
+        )
+        logits = self.model(input_ids=ids, position_ids=positions.long(), use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
     def step(self, batches: Sequence[Batch]) -> torch.Tensor:
         targets = sum(b.targets for b in batches)

@@ -78,7 +78,7 @@ int64_t cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     for (int64_t i = begin; i < end; ++i) {
-      T* dlogits = row<T>(a.dlogits, i, a.vocab);
+      T* dlogits = row<T>(a.dlogits, i, a.dlogits_stride);
       const int64_t label = a.labels[i];
       if (label == a.ignore_index) {
         for (int64_t c = 0; c < a.vocab; ++c) dlogits[c] = from_float<T>(0.0f);
@@ -91,8 +91,11 @@ int64_t cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
       const T* logits = row<T>(a.logits, i, a.logits_stride);
       const float top = a.lse[2 * i], log_sum = a.lse[2 * i + 1], scale = a.dloss[i];
       const auto softmax = [&](int64_t c) { return exp((to_float(logits[c]) - top) - log_sum); };
+      const T at_label =
+          from_float<T>((softmax(label) - 1.0f) * scale);  // before dlogits, which may be logits
+#pragma omp simd
       for (int64_t c = 0; c < a.vocab; ++c) dlogits[c] = from_float<T>(softmax(c) * scale);
-      dlogits[label] = from_float<T>((softmax(label) - 1.0f) * scale);
+      dlogits[label] = at_label;
     }
   });
   return bad;

@@ -152,6 +152,16 @@ class Contract:
             for ours, theirs in zip(run(compiled, tensors, constants), run(self.op, tensors, constants)):
                 all_near(ours, theirs, 2, layout)
 
+    def test_a_second_derivative_raises(self, device, dtype):
+        self.raw(device, dtype)  # skips where there is no kernel: the reference has second derivatives
+        tensors, constants = self.make(3, self.sizes[0], dtype, device)
+        leaves = [t.requires_grad_() for t in tensors]
+        out = self.op(*leaves, *constants)
+        total = sum(o.sum() for o in (out if isinstance(out, tuple) else (out,)))
+        (first,) = torch.autograd.grad(total, leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad|twice differentiable"):
+            first.square().sum().backward()
+
     def test_opcheck(self, device, dtype):
         for op, arguments in self.raw(device, dtype):
             torch.library.opcheck(op, arguments)

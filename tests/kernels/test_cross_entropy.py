@@ -45,6 +45,7 @@ class TestCrossEntropy(Contract):
         return [
             (ops.cross_entropy_fwd.default, (logits, labels, -100)),
             (ops.cross_entropy_bwd.default, (torch.ones_like(loss), logits, labels, lse, -100)),
+            (ops.cross_entropy_bwd_.default, (torch.ones_like(loss), logits.clone(), labels, lse, -100)),
         ]
 
 
@@ -154,6 +155,21 @@ def test_any_leading_shape(device):
         cross_entropy(logits.view(2, 15, 7), labels.view(2, 15), reduction="none"), flat.view(2, 15)
     )
     assert torch.equal(cross_entropy(logits[3], labels[3], reduction="none"), flat[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_inplace_backward_writes_the_gradient_over_the_logits(dtype):
+    logits, labels = random((9, 123), dtype, "cpu", 3), labels_for(9, 123, "cpu", 3)
+    weight = torch.ones(123, dtype=dtype, requires_grad=True)
+    expected = torch.autograd.grad(cross_entropy(logits * weight, labels), weight)[0]
+    fresh = logits * weight
+    loss = cross_entropy(fresh, labels, inplace_backward=True)
+    assert torch.equal(torch.autograd.grad(loss, weight, retain_graph=True)[0], expected)
+    softmax = (logits.float().softmax(-1) / (labels != -100).sum()).to(dtype)
+    rest = torch.arange(123) != labels[:, None]
+    near(fresh.detach()[rest & (labels != -100)[:, None]], softmax[rest & (labels != -100)[:, None]], 4)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
 
 
 X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)
