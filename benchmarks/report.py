@@ -32,7 +32,10 @@ def source(run: dict[str, Any]) -> str:
 
 
 def training_table(runs: list[dict[str, Any]]) -> str:
-    lines = ["| | device | ours, tokens/s | peer, tokens/s | ours is | MFU of ours |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | device | ours, tokens/s | peer, tokens/s | ours is | MFU of ours |",
+        "|---|---|---|---|---|---|",
+    ]
     for run in runs:
         ours = next(r for r in run["rows"] if r["impl"] == "ours")
         mfu = f"{ours['of_ceiling']:.1%}" if ours["of_ceiling"] else "N/A"
@@ -46,11 +49,16 @@ def training_table(runs: list[dict[str, Any]]) -> str:
 
 def ops_table(runs: list[dict[str, Any]]) -> str:
     """Forward + backward of each op and shape: ours, and the fastest of the others."""
-    lines = ["| op, forward + backward | shape | ours, ms | best other | its ms | ours is |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| op, forward + backward | shape | ours, ms | best other | its ms | ours is |",
+        "|---|---|---|---|---|---|",
+    ]
     for run in runs:
         for ours in (r for r in run["rows"] if r["impl"].startswith("ours")):
             key = (ours["bench"], ours["shape"])
-            others = [r for r in run["rows"] if (r["bench"], r["shape"]) == key and not r["impl"].startswith("ours")]
+            others = [
+                r for r in run["rows"] if (r["bench"], r["shape"]) == key and not r["impl"].startswith("ours")
+            ]
             if not others:
                 continue
             best = min(others, key=lambda r: r["ms"])
@@ -79,7 +87,9 @@ def draw(runs: list[dict[str, Any]]) -> None:
     drawn = axes.barh(names, ratios, color=["tab:green" if r >= 1 else "tab:gray" for r in ratios])
     axes.bar_label(drawn, [f"{r:.2f}x" for r in ratios], padding=3)
     axes.axvline(1, color="k", lw=0.8, ls="--")
-    axes.set(xlabel="training speed, ours / peer (same weights, batches and run)", xlim=(0, max(ratios) * 1.15))
+    axes.set(
+        xlabel="training speed, ours / peer (same weights, batches and run)", xlim=(0, max(ratios) * 1.15)
+    )
     axes.invert_yaxis()
     PICTURE.parent.mkdir(exist_ok=True)
     for suffix in (".svg", ".png"):

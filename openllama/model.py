@@ -173,7 +173,9 @@ class Llama(nn.Module):
         dense_shape = None
         if cu_seqlens is None:
             if ids.dim() != 2:
-                raise ValueError(f"ids: got shape {tuple(ids.shape)}, takes (batch, seq), or (tokens,) with cu_seqlens")
+                raise ValueError(
+                    f"ids: got shape {tuple(ids.shape)}, takes (batch, seq), or (tokens,) with cu_seqlens"
+                )
             batch, seq = dense_shape = tuple(ids.shape)
             max_seqlen = seq
             if positions is None:
@@ -194,7 +196,9 @@ def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(ids))
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"ids: got {low if low < 0 else high}, takes 0 to {vocab_size - 1} (the model's vocabulary)")
+            raise ValueError(
+                f"ids: got {low if low < 0 else high}, takes 0 to {vocab_size - 1} (the model's vocabulary)"
+            )
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -25,10 +25,12 @@ from openllama import config, devices, hf
 from openllama.data.bigram import bigram_loss
 from openllama.data.cache import TokenCache
 from openllama.data.loader import PackedLoader
-from openllama.data.prepare import prepare, sample as sample_texts
+from openllama.data.prepare import prepare
+from openllama.data.prepare import sample as sample_texts
 from openllama.generate import sample
 from openllama.pretrained import load_model
-from openllama.tokenizer import Tokenizer, train as train_tokenizer
+from openllama.tokenizer import Tokenizer
+from openllama.tokenizer import train as train_tokenizer
 from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.monitor import plot_loss, read_metrics
@@ -150,9 +152,7 @@ class Quickstart:
         """Three samples (temperature 0.8, top-k 50)"""
         prompts = [[self.text.bos_id, *self.text.encode(p)] for p in PROMPTS]
         eos = self.text.eos_id
-        texts = sample(
-            self.model, prompts, 120, 0.8, 50, seed=1, eos_id=eos, vocab_size=self.text.vocab_size
-        )
+        texts = sample(self.model, prompts, 120, 0.8, 50, seed=1, eos_id=eos, vocab_size=self.text.vocab_size)
         for prompt, ids in zip(PROMPTS, texts):
             print("-" * 80 + f"\n{prompt}{self.text.decode(ids)}")
         print("-" * 80)
@@ -196,10 +196,14 @@ class Quickstart:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     here = "125m" if torch.cuda.is_available() else "tiny"
     path = ROOT / "train" / "configs" / f"{here}.yaml"
-    parser.add_argument("--config", type=Path, default=path, help="settings of the run (125m with a GPU, else tiny)")
+    parser.add_argument(
+        "--config", type=Path, default=path, help="settings of the run (125m with a GPU, else tiny)"
+    )
     parser.add_argument("--max-bytes", type=int, default=20_000_000, help="of text in the corpus")
     args = parser.parse_args()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,13 @@ class HuggingFace:
     name = "hf:sdpa"
 
     def __init__(
-        self, folder: Path, rows: int, device: torch.device, dtype: torch.dtype, lr: float = 1e-4, clip: float = 1.0
+        self,
+        folder: Path,
+        rows: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        lr: float = 1e-4,
+        clip: float = 1.0,
     ):
         """The model in `folder`; a micro-batch reaches it as (rows, tokens / rows), the shape it is fastest in."""
         from transformers import LlamaForCausalLM
@@ -38,7 +45,9 @@ class HuggingFace:
             t.to(self.device).view(self.rows, -1) for t in (batch.ids, batch.positions, batch.labels)
         )
         logits = self.model(input_ids=ids, position_ids=positions.long(), use_cache=False).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
 
     def step(self, batches: Sequence[Batch]) -> torch.Tensor:
         targets = sum(b.targets for b in batches)

@@ -159,7 +159,9 @@ class Contract:
         out = self.op(*leaves, *constants)
         total = sum(o.sum() for o in (out if isinstance(out, tuple) else (out,)))
         (first,) = torch.autograd.grad(total, leaves[0], create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad|twice differentiable"):
+        with pytest.raises(
+            RuntimeError, match=r"once_differentiable|does not require grad|twice differentiable"
+        ):
             first.square().sum().backward()
 
     def test_opcheck(self, device, dtype):

@@ -8,7 +8,7 @@ from openllama import tokenizer
 from openllama.data.shards import ShardWriter
 from openllama.training.config import TrainConfig
 
-WORDS = "def return self import class value index total items for in if else None True".split()
+WORDS = ["def", "return", "self", "import", "class", "value", "index", "items", "for", "in", "if", "else"]
 SHAPE = {"vocab_size": 320, "hidden": 32, "intermediate": 48, "layers": 2, "heads": 4, "kv_heads": 2}
 
 

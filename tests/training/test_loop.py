@@ -29,7 +29,17 @@ def test_the_loss_falls_and_metrics_are_whole(settings, tmp_path):
     assert len(losses) == 30
     assert losses[0] == pytest.approx(math.log(SHAPE["vocab_size"]), rel=0.1)  # small weights: an even guess
     assert losses[-1] < losses[0] - 1
-    expected = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second_per_gpu", "mfu", "memory_gib", "epoch"}
+    expected = {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_second_per_gpu",
+        "mfu",
+        "memory_gib",
+        "epoch",
+    }
     assert all(r.keys() == expected for r in records if "loss" in r)
     assert all(r["mfu"] is None for r in records if "loss" in r), "a CPU has no peak: N/A, not another card's"
     assert sum("valid_bits_per_byte" in r for r in records) == 10
@@ -44,7 +54,9 @@ def test_micro_batches_with_different_token_counts_equal_one_large_batch(setting
     offsets = [0, *torch.tensor([b.ids.numel() for b in small]).cumsum(0).tolist()]
     large = Batch(
         *(torch.cat([getattr(b, name) for b in small]) for name in ("ids", "labels", "positions")),
-        torch.cat([torch.zeros(1, dtype=torch.int32), *(b.cu_seqlens[1:] + o for b, o in zip(small, offsets))]),
+        torch.cat(
+            [torch.zeros(1, dtype=torch.int32), *(b.cu_seqlens[1:] + o for b, o in zip(small, offsets))]
+        ),
         max(b.max_seqlen for b in small),
         sum(b.targets for b in small),
     )
@@ -57,7 +69,9 @@ def test_micro_batches_with_different_token_counts_equal_one_large_batch(setting
     torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0)
     for (name, p), q in zip(one.named_parameters(), two.parameters()):
-        torch.testing.assert_close(p, q, rtol=0, atol=2e-5, msg=name)  # Adam's first step: lr * sign, or nearly
+        torch.testing.assert_close(
+            p, q, rtol=0, atol=2e-5, msg=name
+        )  # Adam's first step: lr * sign, or nearly
 
 
 def test_schedule():

@@ -47,7 +47,10 @@ def test_resumed_equals_uninterrupted(settings, tmp_path, dtype, stop):
     parted = settings(out=str(tmp_path / "parted"), dtype=dtype, save_every=stop)
     first = Trainer(parted)
     step = first.train_step
-    first.train_step = lambda: (step(), setattr(first.stop, "received", signal.SIGTERM * (first.step == stop)))[0]
+    first.train_step = lambda: (
+        step(),
+        setattr(first.stop, "received", signal.SIGTERM * (first.step == stop)),
+    )[0]
     assert first.run() == 143
     assert checkpoint.steps(tmp_path / "parted" / "checkpoints")[-1] == stop
     torch.manual_seed(999)  # whatever happened in between must not matter
@@ -80,7 +83,9 @@ def start(config, tmp_path, *overrides: str) -> subprocess.Popen:
     path.write_text(yaml.safe_dump(vars(config)))
     command = [sys.executable, str(ROOT / "train" / "pretrain.py"), "--config", str(path), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
