@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kMaxThreads) fwd_kernel(RmsNormFwd a) {
 #pragma unroll
     for (int k = 0; k < N; ++k) sum += v[k] * v[k];
   }
-  const float rstd = rsqrtf(block_sum(sum, scratch) / static_cast<float>(a.hidden) + a.eps);
+  // not rsqrtf, which is off by up to 2 ulps: this is once a row
+  const float rstd = 1.0f / sqrtf(block_sum(sum, scratch) / static_cast<float>(a.hidden) + a.eps);
   if (threadIdx.x == 0) a.rstd[i] = rstd;
   const T* from = residual ? h : x;  // each thread reads back its own columns
   for (int c = first; c < a.hidden; c += step) {

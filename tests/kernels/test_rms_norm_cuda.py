@@ -13,9 +13,9 @@ from .test_rms_norm import Calls, inputs
 pytestmark = pytest.mark.gpu
 
 
-def both(tensors):
+def both(tensors, douts=None):
     """Outputs and gradients of x + residual."""
-    outputs, grads = run(lambda x, w, r: rms_norm(x, w, 1e-6, r), tensors)
+    outputs, grads = run(lambda x, w, r: rms_norm(x, w, 1e-6, r), tensors, douts=douts)
     return [*outputs, *grads]
 
 
@@ -65,20 +65,21 @@ def test_side_stream():
 
 def test_cuda_graph_replays_on_changed_inputs():
     static = inputs(64, 512, BF16, "cuda")
+    douts = [random((64, 512), BF16, "cuda", seed) for seed in (7, 8)]  # made on the CPU: not while capturing
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        both(static)
+        both(static, douts)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = both(static)
+        captured = both(static, douts)
     for seed in (10, 20):
         fresh = inputs(64, 512, BF16, "cuda", seed)
         for s, f in zip(static, fresh):
             s.copy_(f)
         graph.replay()
-        assert all(torch.equal(c, e) for c, e in zip(captured, both(fresh)))
+        assert all(torch.equal(c, e) for c, e in zip(captured, both(fresh, douts)))
 
 
 def test_compiled_on_a_side_stream():
