@@ -83,7 +83,7 @@ def _summary(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from openllama.hf import export_hf, exported_parameter_count
-    from openllama.pretrained import find_model, load_model
+    from openllama.load import find_model, load_model
 
     source = find_model(args.checkpoint)
     model, tokenizer = load_model(source)

@@ -6,7 +6,6 @@ A step of a training run is such a folder with more in it. safetensors only: no 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,49 +35,6 @@ def save_model(model: Llama, folder: str | Path, tokenizer_model: str | Path | N
         if tokenizer_model is not None:
             shutil.copyfile(tokenizer_model, aside / TOKENIZER)
     return Path(folder)
-
-
-def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> tuple[Llama, Path | None]:
-    """A model for use, from whichever folder a user has.
-
-    Args:
-        path: a step folder of a run, a folder of such (the highest step is taken), a folder of `save_model`, or a
-            HuggingFace folder.
-        dtype: of the weights; None: as stored.
-        device: where they go.
-
-    Returns:
-        The model and its tokenizer.model (None where there is none).
-
-    Raises:
-        FileNotFoundError: no model there. ValueError: a model of another shape or kind, naming what doesn't fit.
-    """
-    folder = find_model(path)
-    if "architectures" in read_config(folder / CONFIG):
-        from openllama.hf import import_hf  # not at the top: hf uses this module
-
-        model = import_hf(folder, dtype, device)
-    else:
-        model = _load(folder, dtype, device)
-    tokenizer = folder / TOKENIZER
-    return model, tokenizer if tokenizer.is_file() else None
-
-
-def find_model(path: str | Path) -> Path:
-    """`path` itself where it holds a model, else the highest step folder in it. Raises FileNotFoundError."""
-    path = Path(path)
-    if (path / CONFIG).is_file():
-        return path
-    names = (re.fullmatch(r"step-(\d+)", p.name) for p in path.iterdir()) if path.is_dir() else ()
-    steps = {int(m[1]): path / m[0] for m in names if m}
-    if not steps:
-        what = "no config.json and no step-* folder in it" if path.is_dir() else "no such folder"
-        raise FileNotFoundError(
-            f"{path}: {what}; takes a checkpoint (runs/NAME/checkpoints or a step-* folder in it) or a HuggingFace folder"
-        )
-    return steps[max(steps)]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -153,7 +109,8 @@ def stored_dtype(reader: Any, names: list[str]) -> torch.dtype:
     return widest
 
 
-def _load(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> Llama:
+def read_model(folder: Path, dtype: torch.dtype | None, device: torch.device | str) -> Llama:
+    """The model of a folder that `save_model` or a training run wrote. Raises ValueError naming what doesn't fit."""
     config = ModelConfig.load(folder / CONFIG)
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in weights(Llama(config)).items()}

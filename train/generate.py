@@ -12,7 +12,7 @@ import time
 import torch
 
 from openllama.generate import sample
-from openllama.pretrained import load_model
+from openllama.load import load_model
 from openllama.tokenizer import Tokenizer
 
 

@@ -28,7 +28,7 @@ from openllama.data.loader import PackedLoader
 from openllama.data.prepare import prepare
 from openllama.data.prepare import sample as sample_texts
 from openllama.generate import sample
-from openllama.pretrained import load_model
+from openllama.load import load_model
 from openllama.tokenizer import Tokenizer
 from openllama.tokenizer import train as train_tokenizer
 from openllama.training import checkpoint

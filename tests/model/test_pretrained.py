@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from openllama import cli, tokenizer
 from openllama.hf import export_hf, import_hf
+from openllama.load import load_model
 from openllama.presets import PRESETS
-from openllama.pretrained import load_model, save_model
+from openllama.pretrained import save_model
 
 from .models import make
 
