@@ -6,27 +6,20 @@
 
 A benchmark is `def test_...(versus, ...)`, which hands `versus` the implementations to compare: ours first, then what
 a user of PyTorch writes. They run interleaved on the same fresh random data; the figure is the median. The session
-ends with a table, and benchmarks/results/ops-<device>.json holds the rows (those of files that did not run stay).
+ends with a table, and benchmarks/results/ops-<device>.json holds the rows.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import time
-from datetime import datetime, timezone
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks import results
+
 ROUNDS, SECONDS = 15, 0.3  # of each implementation: at most so many runs, and about so long
 ROWS: list[dict] = []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,42 +94,11 @@ def device() -> str:
     return DEVICE
 
 
-def device_name() -> str:
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.M) if info.exists() else None
-    return f"{model[1] if model else platform.machine()} ({torch.get_num_threads()} threads)"
-
-
-def report() -> dict:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    from openllama.kernels import library
-
-    return {
-        "command": " ".join(["python -m pytest", *sys.argv[1:]]),
-        "commit": commit.strip(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), **library.build_info()},
-        "rows": ROWS,
-    }
-
-
 def pytest_terminal_summary(terminalreporter):
     if not ROWS:
         return
-    name = "cpu" if DEVICE == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name().lower())
-    path = RESULTS / f"ops-{name}.json"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result, ran = report(), {row["bench"] for row in ROWS}
-    if path.exists():
-        kept = [row for row in json.loads(path.read_text())["rows"] if row["bench"] not in ran]
-        result["rows"] = kept + ROWS
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    terminalreporter.section(f"{result['device']}: {path.relative_to(ROOT)}")
+    path = results.write("ops", ROWS, torch.device(DEVICE))
+    terminalreporter.section(f"{path.name} in {path.parent.name}")
     for line in table(ROWS):
         terminalreporter.write_line(line)
 

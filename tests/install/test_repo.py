@@ -46,6 +46,12 @@ def test_transformers_llama_runs_in_the_repo(cwd):
     assert "site-packages" in file.parts  # theirs, not our folder
 
 
+def test_kernels_import_nothing_else_of_openllama():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        text = path.read_text()
+        assert "import openllama" not in text and "from openllama" not in text, path
+
+
 def test_openllama_info_runs_in_the_repo():
     out = run([SCRIPTS / "openllama", "info"])
     assert out == run([sys.executable, "-m", "openllama.cli", "info"])
