@@ -77,7 +77,10 @@ def draw(runs: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     bars = [
-        (f"{r['shape'].get('preset', '')} vs {r['impl']}\n{short_device(run['device'])}", r["ratio"])
+        (
+            f"{r['shape']['preset']}, {r['shape']['batch']} x {r['shape']['seq']}, vs {r['impl']}\n{short_device(run['device'])}",
+            r["ratio"],
+        )
         for run in runs
         for r in run["rows"]
         if r["impl"] != "ours"

@@ -331,24 +331,34 @@ struct AdamWBlock {
 
 using Tensors = torch::headeronly::HeaderOnlyArrayRef<Tensor>;
 
+void check_state(const Tensor& t, const char* name, const Tensor& param) {
+  check_flat(t, name, param.numel(), ScalarType::Float);
+  STD_TORCH_CHECK(std::ranges::equal(t.sizes(), param.sizes()), "openllama: ", name,
+                  " must have its param's shape");
+}
+
+// Everything is checked before the kernel writes anything.
 std::vector<AdamWTensor> adamw_tensors(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
                                        const Tensors& exp_avg_sqs, const Tensors& masters) {
   const size_t count = params.size();
+  const bool needs_masters = count && params[0].scalar_type() != ScalarType::Float;
   STD_TORCH_CHECK(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
-                      (masters.size() == count || masters.size() == 0),
-                  "openllama: adamw takes lists of one length (masters may be empty)");
+                      masters.size() == (needs_masters ? count : 0),
+                  "openllama: adamw takes lists of one length, and masters for params that are not float32");
   std::vector<AdamWTensor> list;
   for (size_t i = 0; i < count; ++i) {
     const int64_t size = params[i].numel();
-    check_flat(params[i], "param", size, params[i].scalar_type());
+    check_flat(params[i], "param", size, params[0].scalar_type());
     check_flat(grads[i], "grad", size, grads[i].scalar_type());
-    check_flat(exp_avgs[i], "exp_avg", size, ScalarType::Float);
-    check_flat(exp_avg_sqs[i], "exp_avg_sq", size, ScalarType::Float);
-    if (masters.size()) check_flat(masters[i], "master", size, ScalarType::Float);
+    STD_TORCH_CHECK(std::ranges::equal(grads[i].sizes(), params[i].sizes()),
+                    "openllama: grad must have its param's shape");
+    check_state(exp_avgs[i], "exp_avg", params[i]);
+    check_state(exp_avg_sqs[i], "exp_avg_sq", params[i]);
+    if (needs_masters) check_state(masters[i], "master", params[i]);
     list.push_back({params[i].mutable_data_ptr(), grads[i].const_data_ptr(),
                     static_cast<float*>(exp_avgs[i].mutable_data_ptr()),
                     static_cast<float*>(exp_avg_sqs[i].mutable_data_ptr()),
-                    masters.size() ? static_cast<float*>(masters[i].mutable_data_ptr()) : nullptr, size,
+                    needs_masters ? static_cast<float*>(masters[i].mutable_data_ptr()) : nullptr, size,
                     cpu_dtype_of(params[i]), cpu_dtype_of(grads[i])});
   }
   return list;

@@ -10,13 +10,14 @@ there and rounded into the weight, or steps smaller than a bf16 ulp would be los
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 
 from . import backend as backends
 from . import checks, library
 
-_GRAD_DTYPES = (torch.float32, torch.bfloat16)
+_CAST = (torch.float16, torch.float64)  # gradient dtypes that the kernel does not read
 
 
 def adamw(
@@ -51,7 +52,6 @@ def adamw(
     """
     if not params:
         return
-    _check(params, grads, exp_avgs, exp_avg_sqs, masters)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("grad_scale", grad_scale)):
         checks.in_range(name, value, 0, 3e38, "a finite number of at least 0")
     for name, value in (("beta1", beta1), ("beta2", beta2)):
@@ -61,17 +61,27 @@ def adamw(
         raise ValueError(f"step: got {step}, takes a whole number from 1 on")
     numbers = (lr, beta1, beta2, eps, weight_decay, int(step), grad_scale)
     if backends.choose("adamw", params[0], backend) == "reference":
+        _check(params, grads, exp_avgs, exp_avg_sqs, masters)
         adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters, *numbers)
         return
-    grads = [g.contiguous() if g.dtype in _GRAD_DTYPES else g.float().contiguous() for g in grads]
-    torch.ops.openllama.adamw_(params, grads, exp_avgs, exp_avg_sqs, masters, *numbers)
+    device = params[0].device
+    if any(t.device != device for t in chain(params, grads, exp_avgs, exp_avg_sqs, masters)):
+        _check(params, grads, exp_avgs, exp_avg_sqs, masters)
+    wide = [g.float().contiguous() if g.dtype in _CAST else g.contiguous() for g in grads]
+    try:
+        torch.ops.openllama.adamw_(params, wide, exp_avgs, exp_avg_sqs, masters, *numbers)
+    except RuntimeError:
+        # The op checks all before it writes, but can't name the argument. Checking here first would cost every step.
+        _check(params, grads, exp_avgs, exp_avg_sqs, masters)
+        raise
 
 
 def _check(params, grads, exp_avgs, exp_avg_sqs, masters) -> None:
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    needs_masters = params[0].dtype not in (torch.float32, torch.float64)
-    if needs_masters or masters:
+    if params[0].dtype not in (torch.float32, torch.float64):
         lists["masters"] = masters
+    elif masters:
+        raise ValueError(f"masters: got {len(masters)} tensors, takes none for params of {params[0].dtype}")
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(

@@ -47,7 +47,6 @@ def test_adamw(versus, device, dtype, hidden, layers):
             torch._foreach_copy_(weights, masters)
 
         steps["torch:masters"] = with_masters
-        steps["torch:fused, no masters"] = torch.optim.AdamW(parameters(dtype), **options, fused=True).step
     count = sum(p.numel() for p in params)
     shape = {"parameters": count, "tensors": len(params), "dtype": str(dtype)[6:]}
     # fp32: weight and moments read and written, the gradient read; bf16: master and moments, gradient, the weight written
