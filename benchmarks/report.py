@@ -41,7 +41,7 @@ def training_table(runs: list[dict[str, Any]]) -> str:
         mfu = f"{ours['of_ceiling']:.1%}" if ours["of_ceiling"] else "N/A"
         for peer in (r for r in run["rows"] if r["impl"] != "ours"):
             lines.append(
-                f"| {shape_text(ours['shape'])}, {ours['dtype']}, peer {peer['impl']} | {run['device']} | "
+                f"| {shape_text(ours['shape'])}, {ours['dtype']}, peer {peer['impl']} with {peer['optimizer']} | {run['device']} | "
                 f"{ours['rate']:,.0f} | {peer['rate']:,.0f} | {peer['ratio']:.2f}x | {mfu} |"
             )
     return "\n".join([*lines, "", *(f"<sub>{source(run)}</sub><br>" for run in runs)])

@@ -24,7 +24,7 @@ from openllama.data.loader import Batch
 from openllama.model import Llama, flops_per_token
 from openllama.optim import AdamW, decay_groups
 from openllama.presets import PRESETS, preset
-from openllama.training.step import accumulate_in_fp32, train_step
+from openllama.training.step import accumulate_in_fp32, squared_mean_length, train_step
 
 LR, CLIP = 1e-4, 1.0
 WARMUP = 3  # steps that don't count: allocations, algorithm choices
@@ -36,6 +36,7 @@ class Ours:
     """The project's own step."""
 
     name = "ours"
+    optimizer_form = "fp32 moments; fp32 masters of bf16 weights"
 
     def __init__(self, model: Llama, accelerator: Accelerator):
         self.model, self.accelerator = model, accelerator
@@ -63,22 +64,18 @@ def compare(
     Returns rows of benchmarks/results.py's schema; `ratio` is ours over the peer, `loss_gap` the largest relative
     difference of the losses: they must agree for the comparison to be one.
     """
-    dtype = model.embed.weight.dtype
-    sides: list[Any] = []
-    with tempfile.TemporaryDirectory() as folder:
-        if "hf" in peers:
+    sides: list[Any] = [Ours(model, Accelerator(cpu=device.type == "cpu"))]
+    if "hf" in peers:
+        with tempfile.TemporaryDirectory() as folder:
             hf.export_hf(model, Path(folder) / "hf")
+            dtype = model.embed.weight.dtype
             sides.append(HuggingFace(Path(folder) / "hf", rows, device, dtype, LR, CLIP))
-    sides.insert(0, Ours(model, Accelerator(cpu=device.type == "cpu")))
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
-    losses: dict[str, list[float]] = {side.name: [] for side in sides}
+    timed: list[list[tuple[float, float]]] = [[] for _ in sides]  # (loss, seconds) of each step
     for batches in steps:
-        for side in sides:
-            loss, elapsed = _timed(side.step, batches, device)
-            seconds[side.name].append(elapsed)
-            losses[side.name].append(loss)
-    tokens = sum(b.targets for batches in steps for b in batches) / len(steps)
-    return [_row(side.name, seconds, losses, tokens, model, steps, device) for side in sides]
+        for side, results_of_side in zip(sides, timed):
+            results_of_side.append(_timed(side.step, batches, device))
+    batches = [b for group in steps for b in group]
+    return [_row(side, of_side, timed[0], batches, model, device) for side, of_side in zip(sides, timed)]
 
 
 def _timed(step: Step, batches: Sequence[Batch], device: torch.device) -> tuple[float, float]:
@@ -94,34 +91,29 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _median(timed: Sequence[tuple[float, float]]) -> float:
+    return statistics.median(seconds for _, seconds in timed[WARMUP:])
+
+
 def _row(
-    name: str, seconds, losses, tokens: float, model: Llama, steps, device: torch.device
+    side: Any, timed, ours, batches: Sequence[Batch], model: Llama, device: torch.device
 ) -> dict[str, Any]:
-    median = {key: statistics.median(times[WARMUP:]) for key, times in seconds.items()}
-    rate = tokens / median[name]
-    batches = [b for group in steps for b in group]
-    seq = sum(float(b.cu_seqlens.diff().double().square().sum()) for b in batches) / sum(
-        b.ids.numel() for b in batches
-    )
-    flops = rate * flops_per_token(model.config, seq)
-    peak = devices.peak_flops(device, model.embed.weight.dtype)
-    gap = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses[name]))
+    dtype, seq = model.embed.weight.dtype, squared_mean_length(batches)
+    rate = sum(b.targets for b in batches) / len(timed) / _median(timed)
+    flops, peak = rate * flops_per_token(model.config, seq), devices.peak_flops(device, dtype)
     return {
         "bench": "train_step",
-        "shape": {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "tokens": batches[0].ids.numel(),
-            "seq": seq,
-        },
-        "impl": name,
-        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
-        "ms": median[name] * 1e3,
+        "shape": {"tokens": batches[0].ids.numel(), "seq": seq},
+        "impl": side.name,
+        "optimizer": side.optimizer_form,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ms": _median(timed) * 1e3,
         "rate": rate,
         "unit": "tokens/s",
         "model_tflops": flops / 1e12,
         "of_ceiling": flops / peak if peak else None,
-        "ratio": median[name] / median["ours"],
-        "loss_gap": gap,
+        "ratio": _median(timed) / _median(ours),
+        "loss_gap": max(abs(a - b) / abs(b) for (a, _), (b, _) in zip(ours, timed)),
         "peak_gib": devices.peak_memory_gib(device),
     }
 

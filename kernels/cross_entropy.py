@@ -123,10 +123,11 @@ def _(dloss, logits: torch.Tensor, labels, lse, ignore_index: int) -> None:
 def cross_entropy_reference(
     logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100
 ) -> torch.Tensor:
-    """The definition, a loss for each row, in fp32 (fp64 for fp64 logits)."""
+    """The definition, a loss for each row, in fp32 (fp64 for fp64 logits).
+
+    PyTorch's gradient of an ignored row is 0 * softmax: NaN where its logits are not finite. The kernels write 0.
+    """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     flat, flat_labels = wide.reshape(-1, wide.shape[-1]), labels.reshape(-1).long()
-    # PyTorch's gradient of an ignored row is 0 * softmax: NaN where its logits are not finite
-    flat = flat.masked_fill((flat_labels == ignore_index)[:, None], 0)
     loss = torch.nn.functional.cross_entropy(flat, flat_labels, ignore_index=ignore_index, reduction="none")
     return loss.view(labels.shape)

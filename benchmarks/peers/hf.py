@@ -16,6 +16,7 @@ class HuggingFace:
     """A peer: `step(batches)` is one optimizer step over the same packed batches as ours."""
 
     name = "hf:sdpa"
+    optimizer_form = "torch fused AdamW, states in the weights' dtype"
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 
 from openllama import devices
 from openllama.data.cache import TokenCache, tokenize
-from openllama.data.loader import Batch, PackedLoader
+from openllama.data.loader import PackedLoader
 from openllama.kernels import backend
 from openllama.model import Llama, flops_per_token
 from openllama.optim import AdamW, decay_groups
@@ -27,7 +27,13 @@ from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.faults import StopSignal
 from openllama.training.monitor import Monitor
-from openllama.training.step import accumulate_in_fp32, batch_loss, sum_over_ranks, train_step
+from openllama.training.step import (
+    accumulate_in_fp32,
+    batch_loss,
+    squared_mean_length,
+    sum_over_ranks,
+    train_step,
+)
 
 
 class Trainer:
@@ -145,7 +151,7 @@ class Trainer:
         batches = [next(self.loader) for _ in range(c.accumulation)]
         result = train_step(self.engine, self.optimizer, batches, lr, c.clip, self.accelerator)
         self.tokens += int(result.targets)
-        seq = sum(map(_squares, batches)) / sum(b.ids.numel() for b in batches)
+        seq = squared_mean_length(batches)
         return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "seq": seq}
 
     def _sum(self, value: float) -> float:
@@ -247,7 +253,3 @@ class Trainer:
         )
         if self.step:
             say(f"resumed at step {self.step} from {self.checkpoints}")
-
-
-def _squares(batch: Batch) -> float:
-    return float(batch.cu_seqlens.diff().double().square().sum())

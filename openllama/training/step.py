@@ -74,6 +74,12 @@ def train_step(
     return StepResult(total / targets, norm, targets)
 
 
+def squared_mean_length(batches: Sequence[Batch]) -> float:
+    """sum(len^2) / sum(len) of the packed documents: the `seq` whose attention costs as much (see flops_per_token)."""
+    squares = sum(float(b.cu_seqlens.diff().double().square().sum()) for b in batches)
+    return squares / sum(b.ids.numel() for b in batches)
+
+
 def sum_over_ranks(value: float, accelerator: Accelerator) -> float:
     """The sum of a number over all processes."""
     if accelerator.num_processes == 1:

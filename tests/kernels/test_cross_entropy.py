@@ -77,11 +77,12 @@ def test_all_labels_ignored(device, reduction, backend):
     assert loss.count_nonzero() == 0 and grad.count_nonzero() == 0 and grad.shape == logits.shape
 
 
-def test_an_ignored_row_may_hold_anything(device):
-    logits, labels = random((4, 41), F32, device, 0), torch.tensor([3, -100, 0, 40], device=device)
-    clean = run(cross_entropy, [logits.clone()], (labels,))
+def test_an_ignored_row_may_hold_anything():
+    """On the kernels; the reference's gradient there is PyTorch's."""
+    logits, labels = random((4, 41), F32, "cpu", 0), torch.tensor([3, -100, 0, 40])
+    clean = run(cross_entropy, [logits.clone()], (labels,), backend="cpu")
     logits[1] = float("nan")
-    dirty = run(cross_entropy, [logits], (labels,))
+    dirty = run(cross_entropy, [logits], (labels,), backend="cpu")
     assert torch.equal(clean[0][0], dirty[0][0]) and torch.equal(clean[1][0], dirty[1][0])
 
 
