@@ -48,7 +48,7 @@ $(VENV)/.torch:
 	@command -v $${CXX:-g++} >/dev/null || { echo "openllama: $${CXX:-g++} is missing: install g++ 11 or newer (Debian, Ubuntu: apt-get install g++) or name a compiler in CXX" >&2; exit 1; }
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v else f"openllama: Python {v[0]}.{v[1]} is too old: takes 3.10 or newer; name one with PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q --upgrade pip "setuptools>=77" ninja
+	$(PIP) install -q --upgrade pip "setuptools>=77" ninja numpy
 	$(PIP) install $$TORCH
 	@touch $@
 
