@@ -16,7 +16,8 @@ import torch
 
 from openllama import devices
 
-FOLDER = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "accelerate")
 
 
@@ -42,16 +43,19 @@ def write(name: str, rows: list[dict[str, Any]], device: torch.device, folder: P
 
 
 def commit() -> str:
-    """The commit of the working tree, or `unknown` outside a clone."""
-    try:
+    """The commit of the working tree, `-dirty` where sources differ; outside a clone what OPENLLAMA_COMMIT says."""
+
+    def git(*words: str) -> str:
         return subprocess.check_output(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=FOLDER.parent,
-            text=True,
-            stderr=subprocess.DEVNULL,
+            ["git", *words], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
         ).strip()
+
+    try:
+        made_by_runs = [":!benchmarks/results", ":!README.md", ":!docs"]
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ".", *made_by_runs)
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("OPENLLAMA_COMMIT", "unknown")
+        return os.environ.get("OPENLLAMA_COMMIT") or "unknown"
 
 
 def cpu_name() -> str:
@@ -61,8 +65,7 @@ def cpu_name() -> str:
 
 def _readable(words: list[str]) -> list[str]:
     """Paths inside the clone relative to it: a stored command says nothing of the machine."""
-    root = str(FOLDER.parent.parent)
-    return [word.replace(root + "/", "") for word in words]
+    return [word.replace(f"{ROOT}/", "") for word in words]
 
 
 def _versions() -> dict[str, str]:

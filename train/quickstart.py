@@ -8,6 +8,7 @@ made is reused by the next run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import signal
@@ -34,7 +35,7 @@ from openllama.tokenizer import train as train_tokenizer
 from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.monitor import plot_loss, read_metrics
-from openllama.training.step import batch_loss
+from openllama.training.step import batch_loss, held_out_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self", "import os\n")
@@ -48,7 +49,9 @@ class Quickstart:
         self.settings, self.config_path, self.max_bytes = settings, config_path, max_bytes
         self.out = Path(settings.out)
         self.checkpoints = self.out / "checkpoints"
+        self.remedy = f"remove {self.out} to start anew"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.failed: list[str] = []
         self.summary: dict[str, Any] = {"preset": settings.preset, "device": devices.name(self.device)}
 
     def run(self) -> None:
@@ -60,32 +63,48 @@ class Quickstart:
             print(f"\n[{number}/{len(stages)}] {stage.__doc__}", flush=True)
             stage()
         self.summary["seconds"] = time.monotonic() - began
+        self.summary["failed"] = self.failed
         path = self.out / "summary.json"
         path.write_text(json.dumps(self.summary, indent=2) + "\n")
         print(f"\n{self.summary['seconds']:.0f} s in all; everything is in {self.out}, the figures in {path}")
 
+        if self.failed:
+            sys.exit(f"error: not as it should be: {'; '.join(self.failed)}")
+
+    def _expect(self, holds: bool, otherwise: str) -> None:
+        """Notes what should hold and doesn't: the rest still runs, and the command ends with an error that says so."""
+        if not holds:
+            self.failed.append(otherwise)
+
     def corpus(self) -> None:
         """Corpus: the Python source on this machine, as shards"""
-        made = prepare("python", self.out / "shards", self.max_bytes)
+        shards = Path(self.settings.shards).parent
+        made = prepare("python", shards, self.max_bytes)
         reused = "reusing" if made["reused"] else "wrote"
         size = made["text_bytes"] / 1e6
-        print(f"{reused} {self.out / 'shards'}: {made['documents']:,} documents, {size:.1f} MB")
+        print(f"{reused} {shards}: {made['documents']:,} documents, {size:.1f} MB")
         self.summary["corpus"] = {"documents": made["documents"], "text_bytes": made["text_bytes"]}
 
     def tokenizer(self) -> None:
         """Tokenizer: SentencePiece BPE"""
         path, vocab = Path(self.settings.tokenizer), self.settings.model_config().vocab_size
         if path.exists():
-            self.text = Tokenizer(path)
-            print(f"reusing {path}: {self.text.vocab_size:,} pieces")
+            self.spm = Tokenizer(path)
+            if self.spm.vocab_size != vocab:
+                raise ValueError(
+                    f"{path}: has {self.spm.vocab_size} pieces, {self.config_path} takes {vocab}; {self.remedy}"
+                )
+            print(f"reusing {path}: {self.spm.vocab_size:,} pieces")
             return
         began = time.monotonic()
-        self.text = train_tokenizer(sample_texts(self.settings.shards, self.max_bytes), path, vocab)
-        print(f"wrote {path}: {self.text.vocab_size:,} pieces, {time.monotonic() - began:.1f} s")
+        self.spm = train_tokenizer(sample_texts(self.settings.shards, self.max_bytes), path, vocab)
+        print(f"wrote {path}: {self.spm.vocab_size:,} pieces, {time.monotonic() - began:.1f} s")
 
     def pretrain(self) -> None:
         """Pre-training, stopped by SIGTERM half-way and resumed"""
         done = max(checkpoint.steps(self.checkpoints), default=0)
+        if done:
+            self._check_same_run(checkpoint.step_folder(self.checkpoints, done))
         if done >= self.settings.steps:
             print(f"reusing {self.checkpoints}: trained to step {done}")
         elif done:
@@ -103,6 +122,12 @@ class Quickstart:
             "final_loss": next(r["loss"] for r in reversed(records) if "loss" in r),
             "median_tokens_per_second": speeds[len(speeds) // 2],
         }
+
+    def _check_same_run(self, place: Path) -> None:
+        saved, now = checkpoint.read_state(place)["settings"], dataclasses.asdict(self.settings)
+        if differs := [k for k in now if saved.get(k) != now[k]]:
+            key = differs[0]
+            raise ValueError(f"{place}: made with {key}={saved.get(key)!r}, now {now[key]!r}; {self.remedy}")
 
     def _train(self, stop_at: int = 0) -> None:
         """Runs pretrain.py; with `stop_at`, sends SIGTERM once that step is in the metrics and expects exit code 143."""
@@ -128,19 +153,26 @@ class Quickstart:
         self.train_tokens, self.valid_tokens = TokenCache(tokens / "train"), TokenCache(tokens / "valid")
         dtype = getattr(torch, self.settings.dtype)
         self.model = load_model(self.checkpoints, dtype, self.device)[0]
-        loader = PackedLoader(self.valid_tokens, self.settings.context, self.settings.batch)
+        loader = self._valid_loader()
         with torch.no_grad():
-            total = sum(float(batch_loss(self.model, b, self.device)) for b in loader.one_epoch())
-        self.valid_loss = total / loader.targets_per_epoch
+            self.valid_loss = held_out_loss(
+                lambda b: batch_loss(self.model, b, self.device), loader.one_epoch()
+            )
         self.per_byte = loader.targets_per_epoch / self.valid_tokens.text_bytes / math.log(2)
         self.bigram = bigram_loss(self.train_tokens, self.valid_tokens)
         ours, theirs = self.valid_loss * self.per_byte, self.bigram * self.per_byte
         print(f"ours   {self.valid_loss:.4f} nats/token, {ours:.3f} bits/byte")
         print(f"bigram {self.bigram:.4f} nats/token, {theirs:.3f} bits/byte (counts of all training tokens)")
+        self._expect(
+            ours < theirs, f"held out, {ours:.3f} bits/byte are not below the bigram model's {theirs:.3f}"
+        )
         self.summary["held_out"] = {
             "loss": self.valid_loss, "bits_per_byte": ours, "bigram_bits_per_byte": theirs,
             "text_bytes": self.valid_tokens.text_bytes,
         }  # fmt: skip
+
+    def _valid_loader(self) -> PackedLoader:
+        return PackedLoader(self.valid_tokens, self.settings.context, self.settings.batch)
 
     def curve(self) -> None:
         """Loss curve"""
@@ -150,30 +182,28 @@ class Quickstart:
 
     def samples(self) -> None:
         """Three samples (temperature 0.8, top-k 50)"""
-        prompts = [[self.text.bos_id, *self.text.encode(p)] for p in PROMPTS]
-        eos = self.text.eos_id
-        texts = sample(self.model, prompts, 120, 0.8, 50, seed=1, eos_id=eos, vocab_size=self.text.vocab_size)
+        prompts = [[self.spm.bos_id, *self.spm.encode(p)] for p in PROMPTS]
+        eos = self.spm.eos_id
+        texts = sample(self.model, prompts, 120, 0.8, 50, seed=1, eos_id=eos, vocab_size=self.spm.vocab_size)
         for prompt, ids in zip(PROMPTS, texts):
-            print("-" * 80 + f"\n{prompt}{self.text.decode(ids)}")
+            print("-" * 80 + f"\n{prompt}{self.spm.decode(ids)}")
         print("-" * 80)
-        self.summary["samples"] = [p + self.text.decode(ids) for p, ids in zip(PROMPTS, texts)]
+        self.summary["samples"] = [p + self.spm.decode(ids) for p, ids in zip(PROMPTS, texts)]
 
     def export(self) -> None:
         """Export to HuggingFace, and its held-out loss there"""
         folder = self.out / "hf"
         hf.export_hf(self.model, folder, self.settings.tokenizer)
         peer = HuggingFace(folder, self.settings.batch, self.device, self.model.embed.weight.dtype)
-        loader = PackedLoader(self.valid_tokens, self.settings.context, self.settings.batch)
         with torch.no_grad():
-            total = sum(float(peer.loss(b)) for b in loader.one_epoch())
-        theirs = total / loader.targets_per_epoch
+            theirs = held_out_loss(peer.loss, self._valid_loader().one_epoch())
         gap = abs(theirs - self.valid_loss) / self.valid_loss
         print(f"{folder}: {theirs:.6f} nats/token in transformers, {self.valid_loss:.6f} here")
         tolerance = 1e-4 if self.model.embed.weight.dtype == torch.float32 else 1e-2
-        if gap > tolerance:
-            sys.exit(
-                f"error: {folder}: the export's loss differs by {gap:.1e}, takes at most {tolerance:.0e}; please report it"
-            )
+        self._expect(
+            gap <= tolerance,
+            f"the export's loss differs by {gap:.1e} of itself, takes at most {tolerance:.0e}",
+        )
         self.summary["export"] = {"held_out_loss": theirs, "relative_gap": gap}
 
     def speed(self) -> None:

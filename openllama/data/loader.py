@@ -99,9 +99,11 @@ class PackedLoader:
         return made
 
     def one_epoch(self) -> Iterator[Batch]:
-        """This rank's batches of one epoch in the corpus's order, without touching the loader's state: for
-        validation."""
-        order = np.arange(self.packs)
+        """This rank's batches of epoch 0, always the same, without touching the loader's state: for validation.
+
+        Its first batches are a fair sample of the corpus, for epoch 0 is shuffled too (unless shuffle is off).
+        """
+        order = self._permutation(0)
         for first in range(0, self.packs, self.world_size * self.batch):
             yield self._make(order, first)
 

@@ -100,11 +100,17 @@ def load(place: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int 
     with open_weights(place / WEIGHTS) as reader, open_weights(place / OPTIMIZER) as moments:
         got = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         check_weights(place / WEIGHTS, got, {name: tuple(t.shape) for name, t in own.items()})
-        states = _states(moments, model, place / OPTIMIZER)
+        _check_optimizer(place / OPTIMIZER, moments, model)
         for name, value in own.items():  # detached views of the model's own weights
             value.copy_(reader.get_tensor(name))
-    for name, p in model.named_parameters():
-        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in states[name].items()}
+        for (
+            name,
+            p,
+        ) in model.named_parameters():  # one tensor at a time: all of them may not fit into host memory
+            optimizer.state[p] = {
+                entry: moments.get_tensor(f"{name}/{entry}").to("cpu" if entry == "step" else p.device)
+                for entry in _entries(p)
+            }
     saved = load_file(place / RANDOM)
     if f"{rank}/cpu" in saved:  # a run that goes on with more processes starts the new ones' states afresh
         torch.set_rng_state(saved[f"{rank}/cpu"])
@@ -129,21 +135,24 @@ def _optimizer_tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[s
     }
 
 
-def _states(reader: Any, model: Llama, path: Path) -> dict[str, dict[str, torch.Tensor]]:
-    states: dict[str, dict[str, torch.Tensor]] = {name: {} for name, _ in model.named_parameters()}
-    for key in reader.keys():  # noqa: SIM118 (the reader is no mapping)
-        name, _, entry = key.rpartition("/")
-        if name not in states:
-            raise ValueError(f"{path}: unexpected {key!r}; resume with the settings it was made with")
-        states[name][entry] = reader.get_tensor(key)
-    for name, p in model.named_parameters():
-        expected = {"step", "exp_avg", "exp_avg_sq"} | ({"master"} if p.dtype != torch.float32 else set())
-        if states[name].keys() != expected:
-            raise ValueError(
-                f"{path}: {name} has {sorted(states[name])}, takes {sorted(expected)}; resume with the dtype it was "
-                "made with"
-            )
-    return states
+def _entries(p: torch.Tensor) -> list[str]:
+    return ["step", "exp_avg", "exp_avg_sq", *(["master"] if p.dtype != torch.float32 else [])]
+
+
+def _check_optimizer(path: Path, reader: Any, model: Llama) -> None:
+    expected = {
+        f"{name}/{entry}": () if entry == "step" else tuple(p.shape)
+        for name, p in model.named_parameters()
+        for entry in _entries(p)
+    }
+    got = {key: tuple(reader.get_slice(key).get_shape()) for key in reader.keys()}  # noqa: SIM118
+    if got == expected:
+        return
+    wrong = min(key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key))
+    raise ValueError(
+        f"{path}: {wrong}: got {got.get(wrong, 'none')}, takes {expected.get(wrong, 'none')}; "
+        "resume with the model and dtype it was made with"
+    )
 
 
 def _check_shape(path: Path, config: ModelConfig) -> None:

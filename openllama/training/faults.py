@@ -8,19 +8,25 @@ import signal
 class StopSignal:
     """Remembers SIGTERM (a scheduler's notice) or SIGINT (Ctrl-C), so that the step in progress can end first.
 
-    A second signal gets Python's default handling, for whoever can't wait.
+    More SIGTERMs change nothing: schedulers signal every process, and launchers forward it once more. A second Ctrl-C
+    ends the run at once, for whoever can't wait. A context: the handlers from before come back at its end.
     """
 
-    def __init__(self) -> None:
+    def __enter__(self) -> StopSignal:
         self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        self.received = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self.received = self.received or number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     @property
     def exit_code(self) -> int:
-        """128 + signal, the shell's convention: 143 for SIGTERM."""
-        return 128 + self.received if self.received else 0
+        """128 + signal, the shell's convention; SIGTERM's 143 where another process got the signal."""
+        return 128 + (self.received or signal.SIGTERM)

@@ -7,6 +7,9 @@ around it: setting up, resuming, validation, logs, checkpoints, signals.
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import itertools
+import json
 import math
 import time
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs
 
 from openllama import devices
 from openllama.data.cache import TokenCache, tokenize
@@ -27,11 +30,12 @@ from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.faults import StopSignal
 from openllama.training.monitor import Monitor
+from openllama.training.ranks import Ranks
 from openllama.training.step import (
     accumulate_in_fp32,
     batch_loss,
+    held_out_loss,
     squared_mean_length,
-    sum_over_ranks,
     train_step,
 )
 
@@ -44,12 +48,8 @@ class Trainer:
         self.out = Path(config.out)
         self.checkpoints = self.out / "checkpoints"
         self.dtype = getattr(torch, config.dtype)
-        trackers: Any = config.trackers or None
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), log_with=trackers, project_dir=config.out if trackers else None
-        )
-        self.device, self.world = self.accelerator.device, self.accelerator.num_processes
-        self.stop = StopSignal()
+        self.accelerator = _accelerator(config)
+        self.device, self.ranks = self.accelerator.device, Ranks(self.accelerator)
         self.tokenizer = Tokenizer(config.tokenizer)
         self.cache = self._tokens(config.shards, "train")
         self.valid_cache = self._tokens(config.valid_shards, "valid") if config.valid_shards else None
@@ -58,40 +58,44 @@ class Trainer:
         self.valid_loader = self._loader(self.valid_cache) if self.valid_cache else None
         self.step = 0
         self.tokens = 0  # real tokens learned from, all processes
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)  # every loss and norm so far
         self._resume()
 
     # ------------------------------------------------------------ setting up
 
     def _tokens(self, shards: str, name: str) -> TokenCache:
         with self.accelerator.main_process_first():  # rank 0 tokenises, the others find the cache
-            return tokenize(shards, self.tokenizer, self.out / "tokens" / name, progress=self._is_main)
+            return tokenize(shards, self.tokenizer, self.out / "tokens" / name, progress=self.ranks.is_main)
 
     def _loader(self, cache: TokenCache) -> PackedLoader:
         c = self.config
-        rank = self.accelerator.process_index
-        return PackedLoader(cache, c.context, c.batch, c.seed, rank, self.world)
+        return PackedLoader(cache, c.context, c.batch, c.seed, self.ranks.rank, self.ranks.world)
 
     def _build_model(self) -> None:
-        shape = self.config.model_config()
+        c, shape = self.config, self.config.model_config()
         if self.tokenizer.vocab_size > shape.vocab_size:
             raise ValueError(
-                f"{self.config.tokenizer}: its vocabulary of {self.tokenizer.vocab_size} is over the model's vocab_size="
+                f"{c.tokenizer}: its vocabulary of {self.tokenizer.vocab_size} is over the model's vocab_size="
                 f"{shape.vocab_size}; set model.vocab_size={self.tokenizer.vocab_size} or train a smaller tokenizer"
             )
-        torch.manual_seed(self.config.seed)
-        self.model = Llama(shape).initialise(self.config.seed).to(self.device, self.dtype)
-        c = self.config
+        torch.manual_seed(c.seed)
+        self.model = Llama(shape).initialise(c.seed).to(self.device, self.dtype)
         groups = decay_groups(self.model, c.weight_decay)
         self.optimizer = AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
-        if self.world == 1:
+        if self.ranks.world == 1:
             accumulate_in_fp32(self.model)
         self.engine = self.accelerator.prepare_model(self.model)
 
     def _resume(self) -> None:
-        saved = checkpoint.steps(self.checkpoints)
-        if not saved:
+        newest = max(checkpoint.steps(self.checkpoints), default=0)
+        if len(seen := set(self.ranks.gather(newest))) > 1:
+            raise ValueError(
+                f"{self.checkpoints}: the processes see different newest steps, {sorted(seen)}; takes an `out` that all "
+                "machines share"
+            )
+        if not newest:
             return
-        place = checkpoint.step_folder(self.checkpoints, saved[-1])
+        place = checkpoint.step_folder(self.checkpoints, newest)
         state = checkpoint.read_state(place)
         if state["tokenizer"] != self.tokenizer.fingerprint:
             raise ValueError(
@@ -99,80 +103,84 @@ class Trainer:
                 f"{self.tokenizer.fingerprint[:12]}; resume with its tokenizer.model, or choose another `out`"
             )
         self.loader.load_state_dict(state["loader"])
-        checkpoint.load(place, self.model, self.optimizer, self.accelerator.process_index)
+        checkpoint.load(place, self.model, self.optimizer, self.ranks.rank)
         self.step, self.tokens = state["step"], state["tokens"]
-
-    @property
-    def _is_main(self) -> bool:
-        return self.accelerator.is_main_process
 
     # ------------------------------------------------------------ training
 
     def run(self) -> int:
         c = self.config
-        self.monitor = Monitor(self.out / "metrics.jsonl", self.step, c.steps, quiet=not self._is_main)
-        if c.trackers:
-            self.accelerator.init_trackers("openllama", dataclasses.asdict(c))
+        self.monitor = Monitor(self.out / "metrics.jsonl", self.step, c.steps, quiet=not self.ranks.is_main)
         try:
             self._announce()
             if self.step >= c.steps:
                 self.monitor.say(f"already at step {self.step} of {c.steps}: nothing left to train")
                 return 0
             self._try_validation()
-            return self._train()
+            with StopSignal() as stop:  # not earlier: before the first step there is nothing to save
+                return self._train(stop)
         finally:
             self.monitor.close()
-            if c.trackers:
-                self.accelerator.end_training()
+            self.accelerator.end_training()
 
-    def _train(self) -> int:
+    def _train(self, stop: StopSignal) -> int:
         c = self.config
-        last_log = (self.tokens, time.perf_counter())
+        self._mark()
         while self.step < c.steps:
-            statistics = self.train_step()
+            stopped, statistics = self.train_step(stopping=bool(stop.received))
             if self.step % c.log_every == 0 or self.step == c.steps:
-                last_log = self._log(statistics, last_log)
-            stopped = self._any_stopped()
+                self._log(statistics)
+                self._mark()
             if stopped or self.step % c.save_every == 0 or self.step == c.steps:
                 self._save()
+                self._mark()
             if stopped:
                 self.monitor.say(f"stopped by a signal; saved at step {self.step}; the same command goes on")
-                return self.stop.exit_code or 143
+                return stop.exit_code
             if self.valid_loader and (self.step % c.valid_every == 0 or self.step == c.steps):
                 self._log_validation()
-                last_log = (self.tokens, time.perf_counter())
+                self._mark()
         return 0
 
-    def train_step(self) -> dict[str, Any]:
-        """The next optimizer step. Returns its statistics; loss and grad norm stay on the device: nothing waits here."""
+    def train_step(self, stopping: bool = False) -> tuple[bool, dict[str, Any]]:
+        """The next optimizer step: whether any process is `stopping`, and the step's statistics.
+
+        Loss and grad norm stay on the device, so nothing waits here.
+        """
         c = self.config
         self.step += 1
         lr = c.lr_at(self.step)
         batches = [next(self.loader) for _ in range(c.accumulation)]
-        result = train_step(self.engine, self.optimizer, batches, lr, c.clip, self.accelerator)
-        self.tokens += int(result.targets)
+        targets, stops = self.ranks.sum(sum(b.targets for b in batches), stopping)
+        result = train_step(self.engine, self.optimizer, batches, targets, lr, c.clip, self.ranks.world)
+        self._finite &= torch.isfinite(result.loss) & torch.isfinite(result.grad_norm)
+        self.tokens += int(targets)
         seq = squared_mean_length(batches)
-        return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "seq": seq}
+        return stops > 0, {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "seq": seq}
 
-    def _sum(self, value: float) -> float:
-        return sum_over_ranks(value, self.accelerator)
+    def _mark(self) -> None:
+        """Where the next step line's speed is counted from: saving and validation are not training."""
+        self._marked = (self.tokens, time.perf_counter())
 
-    def _any_stopped(self) -> bool:
-        return self._sum(float(bool(self.stop.received))) > 0
+    def _require_finite(self) -> None:
+        """Before anything is logged or saved: a run that diverged must not replace its good checkpoints."""
+        if not bool(self._finite):
+            raise FloatingPointError(
+                f"step {self.step}: the loss or the gradient's norm is not finite, in this step or one shortly before; "
+                "the checkpoints are from before that: lower lr, lengthen warmup, or look at the data of these steps"
+            )
 
     # ------------------------------------------------------------ validation, logs, checkpoints
 
     @torch.no_grad()
     def validate(self, limit: int = 0) -> dict[str, float]:
-        """Held-out loss in nats per token and bits per byte, over `limit` batches a process (0: all)."""
+        """Held-out loss in nats per token and bits per byte, over `limit` batches a process (0: all).
+
+        Always the same batches. With a limit, bits per byte take the whole set's tokens per byte.
+        """
         assert self.valid_loader is not None and self.valid_cache is not None
-        total, targets = torch.zeros((), device=self.device), 0
-        for i, batch in enumerate(self.valid_loader.one_epoch()):
-            if limit and i >= limit:
-                break
-            total += batch_loss(self.model, batch, self.device)
-            targets += batch.targets
-        loss = self._sum(float(total)) / max(1.0, self._sum(targets))
+        batches = itertools.islice(self.valid_loader.one_epoch(), limit or None)
+        loss = held_out_loss(lambda b: batch_loss(self.model, b, self.device), batches, self.ranks)
         tokens_per_byte = self.valid_loader.targets_per_epoch / self.valid_cache.text_bytes
         return {"valid_loss": loss, "valid_bits_per_byte": loss * tokens_per_byte / math.log(2)}
 
@@ -187,16 +195,14 @@ class Trainer:
         if self.config.trackers:
             self.accelerator.log(result, step=self.step)
 
-    def _log(self, statistics: dict[str, Any], last: tuple[float, float]) -> tuple[float, float]:
-        loss = self._sum(float(statistics["loss"]))
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"step {self.step}: the loss is {loss}; the checkpoints before it are untouched: lower lr "
-                f"(now {statistics['lr']:.1e}), lengthen warmup, or look at the data of this step"
-            )
-        now = time.perf_counter()
-        c = self.config
-        speed = (self.tokens - last[0]) / self.world / (now - last[1])  # real tokens: padding doesn't count
+    def _log(self, statistics: dict[str, Any]) -> None:
+        self._require_finite()
+        (loss,) = self.ranks.sum(
+            float(statistics["loss"])
+        )  # waits for the device, so before the clock is read
+        tokens, began = self._marked
+        # real tokens: padding doesn't count
+        speed = (self.tokens - tokens) / self.ranks.world / (time.perf_counter() - began)
         flops = speed * flops_per_token(self.model.config, statistics["seq"])
         peak = devices.peak_flops(self.device, self.dtype)
         record = {
@@ -204,18 +210,18 @@ class Trainer:
             "loss": loss,
             "grad_norm": float(statistics["grad_norm"]),
             "lr": statistics["lr"],
-            "tokens": int(self.tokens),
+            "tokens": self.tokens,
             "tokens_per_second_per_gpu": speed,
             "mfu": flops / peak if peak else None,
             "memory_gib": devices.peak_memory_gib(self.device),
             "epoch": self.loader.epoch,
         }
         self.monitor.step(record, f"{flops / peak:.1%}" if peak else "N/A")
-        if c.trackers:
+        if self.config.trackers:
             self.accelerator.log({k: v for k, v in record.items() if v is not None}, step=self.step)
-        return self.tokens, now
 
     def _save(self) -> None:
+        self._require_finite()
         c = self.config
         state = {
             "tokens": self.tokens,
@@ -224,18 +230,21 @@ class Trainer:
             "settings": dataclasses.asdict(c),
             "torch": torch.__version__,
         }
-        states = gather_object([checkpoint.random_state()])
-        if self._is_main:
-            tokenizer = Path(c.tokenizer)
+        random_states: Any = self.ranks.gather(checkpoint.random_state())
+        if self.ranks.is_main:
             checkpoint.save(
-                self.checkpoints, self.step, self.model, self.optimizer, state, tokenizer, states, c.keep
-            )
-        self.accelerator.wait_for_everyone()
+                self.checkpoints, self.step, self.model, self.optimizer, state, Path(c.tokenizer), random_states, c.keep
+            )  # fmt: skip
+        self.ranks.wait()
 
     def _announce(self) -> None:
         say, c, shape = self.monitor.say, self.config, self.model.config
         peak = devices.peak_flops(self.device, self.dtype)
-        say(f"{devices.name(self.device)}, {self.world} process(es), torch {torch.__version__}, {c.dtype}")
+        world = self.ranks.world
+        say(f"{devices.name(self.device)}, {world} process(es), torch {torch.__version__}, {c.dtype}")
+        if self.dtype != torch.float32:
+            sums = "float32" if world == 1 else f"{c.dtype}, as DDP needs"
+            say(f"masters and moments in float32; gradients add up in {sums}")
         flops = flops_per_token(shape, c.context)
         say(
             f"model {c.preset}: {sum(p.numel() for p in self.model.parameters()):,} parameters; "
@@ -249,7 +258,29 @@ class Trainer:
         say("ops: " + ", ".join(f"{op} {name}" for op, name in chosen.items()))
         say(
             f"data: {len(self.cache):,} documents, {self.cache.tokens:,} tokens, {self.loader.packs:,} packs of "
-            f"{c.context}, {self.loader.padding_share:.2%} padding; {c.batch} x {c.accumulation} x {self.world} packs a step"
+            f"{c.context}, {self.loader.padding_share:.2%} padding; {c.batch} x {c.accumulation} x {world} packs a step"
         )
         if self.step:
             say(f"resumed at step {self.step} from {self.checkpoints}")
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """Precision and accumulation are this loop's own: what `accelerate launch` or a user's config says of them must not
+    change the arithmetic. The timeout lets the other processes wait while rank 0 tokenises a large corpus."""
+    trackers: Any = config.trackers or None
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        log_with=trackers,
+        project_dir=config.out if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
+    )
+    found = {str(t).rpartition(".")[2].lower() for t in accelerator.log_with}
+    if missing := sorted(set(config.trackers) - found):
+        raise ValueError(
+            f"trackers: {missing[0]} is not installed or not known to accelerate; pip install {missing[0]}"
+        )
+    if trackers:
+        settings = {k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in vars(config).items()}
+        accelerator.init_trackers("openllama", {k: v for k, v in settings.items() if v is not None})
+    return accelerator

@@ -68,13 +68,13 @@ class Monitor:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """The records of a metrics.jsonl; a line cut off by a kill is left out."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return records
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 
 from openllama.data.loader import Batch
+from openllama.training.ranks import Ranks
 
 
 class StepResult(NamedTuple):
-    """Of all processes but for the loss, which is this process's share. On the device: reading one waits for the step."""
+    """On the device: reading one waits for the step."""
 
-    loss: torch.Tensor  # nats per token; the sum over processes is the step's loss
-    grad_norm: torch.Tensor  # before clipping
-    targets: float  # labels that counted
+    loss: torch.Tensor  # this process's share, nats per token: the sum over processes is the step's loss
+    grad_norm: torch.Tensor  # of all processes, before clipping
 
 
 def batch_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -47,31 +46,32 @@ def train_step(
     engine: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
+    targets: float,
     lr: float,
     clip: float,
-    accelerator: Accelerator,
+    world: int = 1,
 ) -> StepResult:
-    """One optimizer step over the micro-batches of every process.
+    """One optimizer step over the micro-batches of every process. Nothing in it waits for the device.
 
-    Its loss is the sum over all real tokens divided by their number, so a micro-batch with more padding weighs less, as
-    it should, and the same tokens give the same step however they are split.
+    `targets` is the number of labels that count in the whole step, of all `world` processes. The loss is the sum over
+    all real tokens divided by it, so a micro-batch with more padding weighs less, as it should, and the same tokens
+    give the same step however they are split. `engine` is the model, or DDP around it.
     """
-    world, device = accelerator.num_processes, accelerator.device
-    targets = sum_over_ranks(sum(b.targets for b in batches), accelerator)
+    device = next(engine.parameters()).device
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        with nullcontext() if last or world == 1 else accelerator.no_sync(engine):
+        with nullcontext() if last or world == 1 else engine.no_sync():  # type: ignore[operator]
             loss = batch_loss(engine, batch, device)
             # DDP averages over processes, so each one's sum is scaled up by their number
-            accelerator.backward(loss * (world / targets))
+            (loss * (world / targets)).backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total / targets, norm, targets)
+    return StepResult(total / targets, norm)
 
 
 def squared_mean_length(batches: Sequence[Batch]) -> float:
@@ -80,10 +80,14 @@ def squared_mean_length(batches: Sequence[Batch]) -> float:
     return squares / sum(b.ids.numel() for b in batches)
 
 
-def sum_over_ranks(value: float, accelerator: Accelerator) -> float:
-    """The sum of a number over all processes."""
-    if accelerator.num_processes == 1:
-        return value
-    value_here = torch.tensor(value, device=accelerator.device, dtype=torch.float64)
-    total: Any = accelerator.reduce(value_here, "sum")
-    return total.item()
+def held_out_loss(
+    loss: Callable[[Batch], torch.Tensor], batches: Iterable[Batch], ranks: Ranks | None = None
+) -> float:
+    """Mean cross-entropy of the labels that count, nats per token, over the batches of all processes."""
+    total, targets = 0.0, 0
+    for batch in batches:
+        total += float(loss(batch))
+        targets += batch.targets
+    if ranks is not None:
+        total, targets = ranks.sum(total, targets)
+    return total / max(1, targets)

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from openllama import folders, tokenizer
 from openllama.config import load
-from openllama.data.loader import Batch
+from openllama.data.loader import Batch, PackedLoader
 from openllama.model import Llama
 from openllama.optim import AdamW, decay_groups
 from openllama.training import checkpoint
@@ -63,7 +63,8 @@ def test_micro_batches_with_different_token_counts_equal_one_large_batch(setting
     results = []
     for batches in (small, [large]):
         model = Llama(trainer.model.config).initialise(3)
-        result = train_step(model, AdamW(decay_groups(model, 0.1)), batches, 1e-2, 1.0, Accelerator(cpu=True))
+        targets = sum(b.targets for b in batches)
+        result = train_step(model, AdamW(decay_groups(model, 0.1)), batches, targets, 1e-2, 1.0)
         results.append((result, model))
     (a, one), (b, two) = results
     torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=0)
@@ -168,12 +169,47 @@ def test_no_room_is_said_before_anything_is_written(settings, tmp_path, monkeypa
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(settings):
-    trainer = Trainer(settings(valid_shards=None))
-    with torch.no_grad():
-        trainer.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
+def test_a_diverged_run_keeps_its_good_checkpoints(settings, tmp_path):
+    """The loss is logged far more seldom than checkpoints are saved, and yet no bad one is."""
+    trainer = Trainer(settings(steps=9, save_every=2, log_every=100, valid_shards=None))
+    step = trainer.train_step
+
+    def diverging(stopping):
+        if trainer.step == 4:
+            with torch.no_grad():
+                trainer.model.norm.weight.fill_(float("inf"))
+        return step(stopping)
+
+    trainer.train_step = diverging
+    with pytest.raises(FloatingPointError, match="step 6: the loss or the gradient's norm is not finite"):
         trainer.run()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [2, 4]
+
+
+def test_accelerates_own_settings_do_not_change_the_arithmetic(settings, tmp_path, monkeypatch):
+    assert Trainer(settings(steps=2, out=str(tmp_path / "plain"))).run() == 0
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(True)
+    try:
+        assert Trainer(settings(steps=2, out=str(tmp_path / "changed"))).run() == 0
+    finally:
+        AcceleratorState._reset_state(True)
+    plain, changed = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("plain", "changed"))
+    assert [r["grad_norm"] for r in plain if "loss" in r] == [r["grad_norm"] for r in changed if "loss" in r]
+
+
+def test_an_unknown_tracker_is_named(settings):
+    with pytest.raises(ValueError, match="pip install wandb"):
+        Trainer(settings(trackers=["wandb"]))
+
+
+def test_validation_takes_a_fair_sample(settings):
+    """The first batches are not those of the longest documents."""
+    loader = Trainer(settings()).valid_loader
+    first = next(loader.one_epoch())
+    assert not torch.equal(first.ids, next(PackedLoader(loader.cache, 64, 2, shuffle=False)).ids)
+    assert torch.equal(first.ids, next(loader.one_epoch()).ids)
 
 
 def settings_folder(settings):

@@ -1,0 +1,75 @@
+"""Two processes (gloo) do what one does, save together and stop together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from openllama.training import checkpoint
+from openllama.training.config import TrainConfig
+from openllama.training.monitor import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(config: TrainConfig, processes: int) -> subprocess.Popen:
+    path = Path(config.out).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(vars(config)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, str(ROOT / "train" / "pretrain.py"), "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, out
+    return out
+
+
+def losses(config: TrainConfig) -> list[tuple[float, float]]:
+    records = read_metrics(Path(config.out) / "metrics.jsonl")
+    return [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+
+
+def test_two_processes_equal_one_with_twice_the_batch_and_one_goes_on(settings, tmp_path):
+    finish(start(settings(out=str(tmp_path / "parted"), batch=2, steps=4, warmup=4), 2))
+    parted = settings(out=str(tmp_path / "parted"), batch=4, steps=8, warmup=4)
+    assert "resumed at step 4" in finish(start(parted, 1))
+    whole = settings(out=str(tmp_path / "whole"), batch=4, steps=8, warmup=4)
+    finish(start(whole, 1))
+    assert len(losses(whole)) == len(losses(parted)) == 8
+    first = zip(
+        losses(whole)[:4], losses(parted)[:4]
+    )  # the cosine of the first four steps was a shorter run's
+    for (a, norm_a), (b, norm_b) in first:
+        assert a == pytest.approx(b, rel=1e-5) and norm_a == pytest.approx(norm_b, rel=1e-4)
+    states = [
+        json.loads((checkpoint.step_folder(tmp_path / run / "checkpoints", 8) / "state.json").read_text())
+        for run in ("parted", "whole")
+    ]
+    assert states[0]["tokens"] == states[1]["tokens"] and states[0]["loader"] == states[1]["loader"]
+
+
+def test_sigterm_to_one_process_stops_and_saves_all(settings, tmp_path):
+    process = start(settings(steps=5000, save_every=100_000, valid_shards=None), 2)
+    until = time.monotonic() + 60
+    while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 3:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [c for c in children if "pretrain.py" in Path(f"/proc/{c}/cmdline").read_text()]
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert "stopped by a signal; saved at step" in out
+    assert process.returncode != 0 and "exitcode" in out and "143" in out, out
+    assert len(checkpoint.steps(tmp_path / "run" / "checkpoints")) == 1
