@@ -14,6 +14,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := $(shell find csrc -type f)
 
+# .venv/.torch holds the TORCH it was made with. Another one, given in the environment or on the command line,
+# installs that torch; where none is given, the torch that is there stays.
+ifneq ($(origin TORCH),file)
+ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
+.PHONY: $(VENV)/.torch
+endif
+endif
+
 .PHONY: quickstart test lint format bench-ops report clean
 
 quickstart: $(VENV)/.ready
@@ -49,8 +57,9 @@ $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v else f"openllama: Python {v[0]}.{v[1]} is too old: takes 3.10 or newer; name one with PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --upgrade pip "setuptools>=77" ninja numpy
+	@test ! -e $@ || $(PIP) uninstall -q -y torch
 	$(PIP) install $$TORCH
-	@touch $@
+	@echo "$$TORCH" >$@
 
 $(VENV)/.ready: $(VENV)/.torch setup.py pyproject.toml $(NATIVE)
 	$(PIP) install -q --no-build-isolation -e ".[train,bench]"

@@ -35,7 +35,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 # A sum marked `omp simd` is split into vector lanes. All else is computed as written: -ffast-math would lose NaN and
 # infinity, and -fassociative-math merges the two halves of ln 2 in exp and (x - top) - log_sum in cross_entropy.
 CPU_MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fopenmp-simd"]
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+# __FILE__, which torch's headers keep and show in errors, without the folder of this build.
+NO_ROOT = f"-ffile-prefix-map={ROOT}/="
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", NO_ROOT]
 
 ARCHES = {"80": "sm_80", "90": "sm_90"}  # and compute_90 PTX for what comes after
 CUDA_ARCH_FLAGS = [f"-gencode=arch=compute_{n},code={code}" for n, code in ARCHES.items()]
@@ -139,12 +141,13 @@ class BuildNative(build_ext):
         libraries = [*(f"-L{path}" for path in library_paths()), "-Wl,--no-as-needed", "-ltorch"]
         if cuda:
             nvcc, root = cuda
-            add_cuda(ninja, nvcc)
+            add_cuda(ninja, nvcc, cxx)
             defines += ["-DUSE_CUDA", f'-DOPENLLAMA_ARCHES="{ARCH_NAMES}"']
             includes += [f"-isystem{root / 'include'}"]
             libraries += [f"-L{root / lib}" for lib in ("lib64", "lib") if (root / lib).is_dir()]
             libraries += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-        ninja.compile(CSRC / "binding.cpp", "binding", [cxx, *CXX_FLAGS, *defines, *includes, "-MMD"], "-MF")
+        for source in sorted(CSRC.glob("binding/*.cpp")):
+            ninja.compile(source, "torch", [cxx, *CXX_FLAGS, *defines, *includes, "-MMD"], "-MF")
         ninja.link(target, [cxx, "-shared"], libraries)
         ninja.run()
 
@@ -157,12 +160,13 @@ class BuildPython(build_py):
         super().run()
 
 
-def add_cuda(ninja: Ninja, nvcc: str) -> None:
+def add_cuda(ninja: Ninja, nvcc: str, cxx: str) -> None:
     flags = [
         "-std=c++20",
         "-O3",
         "-DUSE_CUDA",
-        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        f"-ccbin={cxx}",
+        f"-Xcompiler=-fPIC,-fvisibility=hidden,{NO_ROOT}",
         "--expt-relaxed-constexpr",
     ]
     for source in sorted(CSRC.glob("*.cu")):

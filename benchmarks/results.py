@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import re
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from openllama import devices
+from openllama.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
@@ -36,9 +36,7 @@ def write(name: str, rows: list[dict[str, Any]], device: torch.device, folder: P
         "versions": {"python": sys.version.split()[0], **_versions()},
         "rows": rows,
     }
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(aside, path)
+    write_json(path, record, indent=1)
     return path
 
 

@@ -41,8 +41,8 @@ struct RmsNormBwd {
   Dtype dtype, weight_dtype;
 };
 
-// Turns the pairs (i, i + head_dim / 2) of the first `rotated` heads; the other heads are copied when out !=
-// x.
+// Turns the pairs (i, i + head_dim / 2) of the first `rotated` heads. The other heads are copied where out is
+// another tensor than x.
 struct Rotary {
   const void* x;             // (tokens, heads, head_dim)
   void* out;                 // the same shape; may be x
@@ -62,9 +62,11 @@ struct Swiglu {
   Dtype dtype;
 };
 
-// loss = logsumexp(logits) - logits[label], 0 where the label is ignored; dlogits = (softmax - onehot) *
-// dloss logsumexp is kept as two numbers, top and log(sum of exp(logit - top)): their sum would round small
-// parts away.
+// loss = logsumexp(logits) - logits[label], 0 where the label is ignored
+// dlogits = (softmax(logits) - onehot(label)) * dloss
+//
+// The logsumexp is kept as two numbers, top and log(sum of exp(logit - top)):
+// their sum would round small parts away.
 struct CrossEntropy {
   const void* logits;     // (rows, vocab)
   const int64_t* labels;  // (rows)
@@ -85,10 +87,9 @@ struct AdamWTensor {
   Dtype param_dtype, grad_dtype;
 };
 
-// Decoupled weight decay (Loshchilov and Hutter, 2019), with what all elements share worked out once, in
-// double.
+// Decoupled weight decay (Loshchilov and Hutter, 2019). Worked out once, in double: what all elements share.
 struct AdamWStep {
-  float beta2, eps, grad_scale;
+  float beta2, eps;
   float keep;        // 1 - lr weight_decay
   float new1, new2;  // 1 - beta1, 1 - beta2: from doubles, as 1 - float(0.999) is off by 1e-5 of itself
   float step_size;   // lr / (1 - beta1^t)

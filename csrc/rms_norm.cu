@@ -3,8 +3,8 @@
 // A block takes a row at a time and its threads own the columns thread * N, (thread + threads) * N, ...:
 // neighbours read neighbouring 16 bytes. The second pass over a row finds it in L1 or L2. Backward's blocks
 // walk over rows (block, block + blocks, ...) and keep their part of dweight in shared memory, so that each
-// input is read from device memory once; a second kernel sums the blocks' parts in a fixed order: the same
-// bits every run.
+// input is read from device memory once; a second kernel sums the blocks' parts in a fixed order, so that
+// every run gives the same bits.
 #include <climits>
 
 #include "common.cuh"

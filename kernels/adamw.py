@@ -33,7 +33,6 @@ def adamw(
     eps: float,
     weight_decay: float,
     step: int,
-    grad_scale: float = 1.0,
     backend: str | None = None,
 ) -> None:
     """Updates params, exp_avgs, exp_avg_sqs (and masters) in place. All on one device.
@@ -44,7 +43,6 @@ def adamw(
         exp_avgs, exp_avg_sqs: fp32, params' shapes.
         masters: fp32 masters of bf16 params, or empty when the params are fp32.
         step: t, from 1.
-        grad_scale: multiplies each gradient as it is read (gradient clipping without a pass of its own).
         backend: `cpu`, `reference`; None chooses.
 
     Raises:
@@ -52,20 +50,23 @@ def adamw(
     """
     if not params:
         return
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("grad_scale", grad_scale)):
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         checks.in_range(name, value, 0, 3e38, "a finite number of at least 0")
     for name, value in (("beta1", beta1), ("beta2", beta2)):
         checks.in_range(name, value, 0, 1 - 1e-12, "a number from 0 up to, but not, 1")
     checks.in_range("step", step, 1, 2**53, "a whole number from 1 on")
     if step != int(step):
         raise ValueError(f"step: got {step}, takes a whole number from 1 on")
-    numbers = (lr, beta1, beta2, eps, weight_decay, int(step), grad_scale)
+    numbers = (lr, beta1, beta2, eps, weight_decay, int(step))
+    checks.is_float("params[0]", params[0])
     if backends.choose("adamw", params[0], backend) == "reference":
         _check(params, grads, exp_avgs, exp_avg_sqs, masters)
         adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters, *numbers)
         return
     device = params[0].device
-    if any(t.device != device for t in chain(params, grads, exp_avgs, exp_avg_sqs, masters)):
+    if any(
+        getattr(t, "device", None) != device for t in chain(params, grads, exp_avgs, exp_avg_sqs, masters)
+    ):
         _check(params, grads, exp_avgs, exp_avg_sqs, masters)
     wide = [g.float().contiguous() if g.dtype in _CAST else g.contiguous() for g in grads]
     try:
@@ -104,24 +105,20 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, masters) -> None:
 
 
 @library.fake("adamw_")
-def _(
-    params, grads, exp_avgs, exp_avg_sqs, masters, lr, beta1, beta2, eps, weight_decay, step, grad_scale
-) -> None:
+def _(params, grads, exp_avgs, exp_avg_sqs, masters, lr, beta1, beta2, eps, weight_decay, step) -> None:
     return None
 
 
 @torch.no_grad()
 def adamw_reference(
-    params, grads, exp_avgs, exp_avg_sqs, masters, lr, beta1, beta2, eps, weight_decay, step, grad_scale=1.0
+    params, grads, exp_avgs, exp_avg_sqs, masters, lr, beta1, beta2, eps, weight_decay, step
 ) -> None:
     """The definition, as a few multi-tensor (foreach) passes: what runs on a GPU until its kernel is there."""
     weights = list(masters) or list(params)
-    scaled = [g.to(m.dtype) for g, m in zip(grads, exp_avgs)]
-    if grad_scale != 1.0:
-        scaled = torch._foreach_mul(scaled, grad_scale)
-    torch._foreach_lerp_(exp_avgs, scaled, 1 - beta1)
+    wide = [g.to(m.dtype) for g, m in zip(grads, exp_avgs)]
+    torch._foreach_lerp_(exp_avgs, wide, 1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, scaled, scaled, 1 - beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, wide, wide, 1 - beta2)
     denominators = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
     torch._foreach_add_(denominators, eps)

@@ -4,7 +4,8 @@
 
 Vaswani et al., 2017; grouped-query attention (Ainslie et al., 2023) when k and v have fewer heads. PyTorch's fused
 kernels do the work for now: SDPA for dense batches and, document by document, for packs on the CPU; its varlen kernel
-for packs on a GPU.
+for packs on a GPU. While torch.compile traces, where the lengths of documents are not known, a pack on the CPU is one
+SDPA call with a mask, whose work grows with the square of the pack.
 """
 
 from __future__ import annotations
@@ -66,13 +67,15 @@ def attention(
         return q + 0 * (k.sum() + v.sum())  # nothing to attend to, but all three are part of the graph
     if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    if torch.compiler.is_compiling():
+        return _masked(q, k, v, cu_seqlens, causal, scale)
     return _per_document(q, k, v, cu_seqlens, causal, scale)
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
+def _sdpa(q, k, v, causal: bool, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, heads, seq, head_dim)
     gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2)
 
 
@@ -82,6 +85,23 @@ def _varlen(q, k, v, cu_seqlens, max_seqlen, causal: bool, scale: float) -> torc
     return varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **options
     )
+
+
+def _masked(q, k, v, cu_seqlens, causal: bool, scale: float) -> torch.Tensor:
+    """One SDPA call for the whole pack, in which documents don't see each other."""
+    return _sdpa(q[None], k[None], v[None], False, scale, _allowed(q, len(q), causal, cu_seqlens))[0]
+
+
+def _allowed(q, seq: int, causal: bool, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """(seq, seq): whether a token sees another."""
+    allowed = torch.ones(seq, seq, dtype=torch.bool, device=q.device)
+    if causal:
+        allowed = allowed.tril()
+    if cu_seqlens is None:
+        return allowed
+    index = torch.arange(seq, device=q.device, dtype=torch.int32)
+    document = torch.bucketize(index, cu_seqlens[1:], right=True)
+    return allowed & (document[:, None] == document[None, :])
 
 
 def _per_document(q, k, v, cu_seqlens, causal: bool, scale: float) -> torch.Tensor:
@@ -125,7 +145,7 @@ def _check(q, k, v, cu_seqlens, max_seqlen) -> None:
         raise TypeError(
             f"max_seqlen: got {max_seqlen!r}, takes the length of the longest document with cu_seqlens"
         )
-    if not cu_seqlens.is_cuda and not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] != len(q) or borders != sorted(borders):
             raise ValueError(
@@ -147,13 +167,7 @@ def attention_reference(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     qw = q.to(wide).transpose(1, 2)
     kw, vw = (t.to(wide).transpose(1, 2).repeat_interleave(heads // t.shape[2], dim=1) for t in (k, v))
-    allowed = torch.ones(seq, seq, dtype=torch.bool, device=q.device)
-    if causal:
-        allowed = allowed.tril()
-    if cu_seqlens is not None:
-        index = torch.arange(seq, device=q.device, dtype=torch.int32)
-        document = torch.bucketize(index, cu_seqlens[1:], right=True)
-        allowed = allowed & (document[:, None] == document[None, :])
+    allowed = _allowed(q, seq, causal, cu_seqlens)
     scores = (qw @ kw.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
     out = (scores.softmax(-1) @ vw).transpose(1, 2).to(q.dtype)
     return out if cu_seqlens is None else out[0]

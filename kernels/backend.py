@@ -1,12 +1,14 @@
 """The one table that chooses a backend for an op, by device, dtype and shape.
 
-`cuda`, `triton` and `cpu` are our kernels; `torch` is a fused kernel that PyTorch ships; `reference` is plain PyTorch
-and the definition of the op. A caller forces one with `backend=`, a user for all ops with OPENLLAMA_BACKEND (read at
-import). A forced backend that can't run raises and says why.
+`cuda` and `cpu` are our kernels; `torch` is a fused kernel that PyTorch ships; `reference` is plain PyTorch and the
+definition of the op. A caller forces one with `backend=`, a user with OPENLLAMA_BACKEND (read at import) for every op
+that has it; ops that have no such backend choose as if it were not set. A forced backend that can't run raises and
+says why.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ import torch
 
 from . import library
 
-#: Forces one backend for every op that takes it; None: the table decides.
+#: Forces one backend for every op that has it; None: the table decides.
 FORCED = os.environ.get("OPENLLAMA_BACKEND") or None
 
 #: Backends of each op, the preferred one first.
@@ -27,7 +29,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "reference"),
 }
 
-NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+NAMES = ("cuda", "cpu", "torch", "reference")
 
 _KERNEL_DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -36,6 +38,8 @@ _KERNEL_DTYPES = {
 
 # The CUDA backward keeps dweight in 4 bytes a column of shared memory: 64 KiB, which every card from sm_80 on has.
 _MAX_CUDA_HIDDEN = 16_384
+
+_MIN_CAPABILITY = 8  # setup.py compiles for sm_80 and newer
 
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"OPENLLAMA_BACKEND: got {FORCED!r}, takes one of {', '.join(NAMES)}")
@@ -64,7 +68,33 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hid
         return f"no {dtype} kernel"
     if backend == "cuda" and hidden > _MAX_CUDA_HIDDEN:
         return f"hidden={hidden} is over {_MAX_CUDA_HIDDEN}"
+    return _card_lacks(device.index) if backend == "cuda" else ""
+
+
+@torch.compiler.assume_constant_result  # or torch.compile would trace into torch.cuda
+def _card_lacks(index: int | None) -> str:
+    """Why the CUDA kernels can't run on the card of this index (None: the current one); empty when they can."""
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _ask_card(index)
+
+
+@functools.cache
+def _ask_card(index: int) -> str:
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < _MIN_CAPABILITY:
+        return f"compute capability {major}.{minor} is below {_MIN_CAPABILITY}.0"
+    # The CUDA runtime inside the library is the build's: a driver of its major version or newer can run it.
+    built, driver = library.build_info()["cuda"], library.build_info()["driver"]
+    if driver // 1000 < built // 1000:
+        return f"the driver is for CUDA {_dotted(driver)}, the library was built with {_dotted(built)}"
     return ""
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def explain(op: str, device: torch.device, dtype: torch.dtype, hidden: int = 0) -> Choice:

@@ -10,29 +10,37 @@ import torch
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def is_float(name: str, t: torch.Tensor) -> None:
+def is_tensor(name: str, t: torch.Tensor) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, takes a tensor")
+
+
+def is_float(name: str, t: torch.Tensor) -> None:
+    is_tensor(name, t)
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: got {t.dtype}, takes float32, bfloat16, float16 or float64")
 
 
 def is_integer(name: str, t: torch.Tensor) -> None:
+    is_tensor(name, t)
     if t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: got {t.dtype}, takes int32 or int64")
 
 
 def has_shape(name: str, t: torch.Tensor, shape: Sequence[int], meaning: str) -> None:
+    is_tensor(name, t)
     if tuple(t.shape) != tuple(shape):
         raise ValueError(f"{name}: got shape {tuple(t.shape)}, takes {tuple(shape)} ({meaning})")
 
 
 def same_dtype(name: str, t: torch.Tensor, dtype: torch.dtype, partner: str) -> None:
+    is_tensor(name, t)
     if t.dtype != dtype:
         raise TypeError(f"{name}: got {t.dtype}, takes {partner}'s {dtype}")
 
 
 def same_device(name: str, t: torch.Tensor, device: torch.device, partner: str) -> None:
+    is_tensor(name, t)
     if t.device != device:
         raise ValueError(f"{name}: got a tensor on {t.device}, takes {partner}'s {device}")
 

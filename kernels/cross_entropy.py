@@ -95,9 +95,8 @@ class _CrossEntropy(torch.autograd.Function):
         dloss = dloss.reshape(-1).contiguous()
         if ctx.inplace:
             torch.ops.openllama.cross_entropy_bwd_(dloss, flat, labels, lse, ctx.ignore_index)
-            torch.autograd.graph.increment_version(
-                flat
-            )  # a second backward must fail, not read the gradient as logits
+            # a second backward must fail, not read the gradient as logits
+            torch.autograd.graph.increment_version(flat)
             dlogits = flat
         else:
             dlogits = torch.ops.openllama.cross_entropy_bwd(dloss, flat, labels, lse, ctx.ignore_index)

@@ -39,7 +39,11 @@ if missing:
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What the library was built with and found here: cpu (instruction set), cuda (runtime version), arches."""
+    """What the library was built with and found here.
+
+    cpu: the instruction set in use; cuda: the CUDA that it was built with, driver: the newest that the driver here takes
+    (both 1000 major + 10 minor, 0: none); arches: what its CUDA kernels were compiled for.
+    """
     return {} if missing else json.loads(torch.ops.openllama.build_info())
 
 

@@ -1,26 +1,60 @@
-"""The command `openllama`: info, summary, export, import."""
+"""The command `openllama`: info, summary, export, import; and how every script of ours ends on an error."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # torch is imported by the subcommands only, so that --help comes at once.
 
+# What `import` calls the packages of the extra `train`, and those that they bring along.
+OPTIONAL = {
+    "accelerate", "google", "huggingface_hub", "matplotlib", "sentencepiece", "tokenizers", "transformers",
+    "zstandard",
+}  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; an error of the user's ends in one line on stderr and exit status 1."""
+    """Runs a subcommand and returns its exit code."""
     args = _parser().parse_args(argv)
+    return exit_code(lambda: args.run(args))
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Ends the process with `main`'s exit code: how a script of ours runs. See `exit_code`."""
+    sys.exit(exit_code(main))
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    """What `main` returns, or 1 after a user's error, which takes one line on stderr: `error: ...`.
+
+    OPENLLAMA_DEBUG=1 shows the traceback too. Other exceptions are bugs of ours and keep theirs. So that a
+    package that is not installed gets its line too, `main` itself imports what needs one.
+    """
     try:
-        args.run(args)
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # `openllama summary 65b | head`
-        sys.stderr.close()
-    except (ValueError, TypeError, OSError) as e:
-        print(f"openllama {args.command}: {e}", file=sys.stderr)
-        return 1
-    return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        return 141  # what a shell says of a program that SIGPIPE ended
+    except (ValueError, TypeError, OSError, FloatingPointError) as e:
+        error, text = e, str(e)
+    except ModuleNotFoundError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in OPTIONAL:
+            raise
+        error, text = e, f'{package} is not installed; pip install "openllama[train]"'
+    if os.environ.get("OPENLLAMA_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {text}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

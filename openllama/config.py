@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -13,7 +13,16 @@ from typing import Any, TypeVar
 
 import yaml
 
+from openllama.files import read_json, write_json
+
 T = TypeVar("T")
+
+# The kinds of rotary scaling that we build (HuggingFace's names), and the numbers that each takes.
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class ModelConfig:
     max_positions: int = 2048  # rows of the rotary tables: the longest document the model reads
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # HuggingFace's dictionary: rope_type linear or llama3
+    rope_scaling: dict[str, Any] | None = None  # HuggingFace's dictionary, see ROPE_KEYS
     tied: bool = False  # the head is the embedding table
     stable_embedding: bool = False  # Open-Llama's LayerNorm right after the embedding
     init_std: float = 0.01
@@ -51,13 +60,39 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden // self.heads)
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim: got {self.head_dim}, takes an even number (rotary turns pairs)")
+        for name in ("norm_eps", "rope_theta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}, takes a finite number above 0")
+        if not 0 <= self.init_std < math.inf:
+            raise ValueError(f"init_std: got {self.init_std}, takes a finite number of at least 0")
+        if self.rope_scaling is not None:
+            check_rope_scaling(self.rope_scaling, "rope_scaling")
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> ModelConfig:
-        return from_dict(cls, json.loads(Path(path).read_text()), str(path))
+        return from_dict(cls, read_json(path), str(path))
+
+
+def check_rope_scaling(scaling: dict[str, Any], where: str) -> None:
+    """Raises ValueError naming `where`, the key, what it got and what it takes."""
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"{where}: got rope_type {kind!r}, takes one of {', '.join(ROPE_KEYS)}")
+    takes = ROPE_KEYS[kind]
+    for key in takes:
+        value = scaling.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{where}: {key}: got {value!r}, takes a number above 0 for {kind!r}")
+    for key in scaling.keys() - {"rope_type", *takes}:
+        raise ValueError(f"{where}: {key}: unknown for {kind!r}, takes {', '.join(takes) or 'nothing more'}")
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError(
+            f"{where}: high_freq_factor: got {scaling['high_freq_factor']}, takes more than low_freq_factor="
+            f"{scaling['low_freq_factor']}"
+        )
 
 
 def nearest(name: str, choices: typing.Iterable[str]) -> str:
@@ -86,7 +121,11 @@ def from_dict(cls: type[T], values: dict[str, Any], source: str) -> T:
         raise ValueError(
             f"{source}: missing key {missing[0]!r}, takes a value of type {_type_name(hints[missing[0]])}"
         )
-    return cls(**{k: _convert(v, hints[k], f"{source}: {k}") for k, v in values.items()})
+    converted = {k: _convert(v, hints[k], f"{source}: {k}") for k, v in values.items()}
+    try:
+        return cls(**converted)
+    except ValueError as e:  # of a value that its __post_init__ refuses
+        raise ValueError(f"{source}: {e}") from None
 
 
 def load(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -> T:

@@ -1,7 +1,7 @@
 """Sampling: several prompts at once, as one pack of documents that never see each other.
 
-Every step recomputes the whole context: without a key-value cache (a later issue) n new tokens cost n forward passes
-over it. That is fine for samples of a few hundred tokens.
+Every step recomputes the whole context: there is no key-value cache yet, so n new tokens cost n forward
+passes over it. That is fine for samples of a few hundred tokens.
 """
 
 from __future__ import annotations

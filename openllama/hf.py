@@ -10,18 +10,17 @@ untied. That can't be undone: imported again, such a model is an untied one with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
 from openllama import pretrained
 from openllama.config import ModelConfig
-from openllama.folders import written_aside
+from openllama.files import folder_written_aside, read_json, write_json
 from openllama.hf_config import MARK, config_from_hf, config_to_hf
 from openllama.model import Llama
 
@@ -104,11 +103,11 @@ def export_hf(
     if tokenizer_model is not None:
         special = _hf_tokenizer().special_ids(tokenizer_model, model.config.vocab_size)
     size = exported_parameter_count(model.config) * dtype.itemsize
-    with written_aside(folder, size + 2**24, _is_our_export) as aside:
+    with folder_written_aside(folder, size + 2**24, _is_our_export) as aside:
         if tokenizer_model is not None:
             _hf_tokenizer().write(tokenizer_model, aside, model.config.max_positions)
-        _write_json(aside / "config.json", config_to_hf(model.config, dtype) | special)
-        _write_json(aside / "generation_config.json", special)
+        write_json(aside / "config.json", config_to_hf(model.config, dtype) | special)
+        write_json(aside / "generation_config.json", special)
         _write_weights(model, aside, dtype, shard_bytes)
     return Path(folder)
 
@@ -131,7 +130,7 @@ def _write_weights(model: Llama, folder: Path, dtype: torch.dtype, shard_bytes: 
         tensors = {name: _exported(model, state, parts[name], dtype) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
-        _write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        write_json(folder / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
 
 
 def _exported(model: Llama, state: dict[str, torch.Tensor], part: Part, dtype: torch.dtype) -> torch.Tensor:
@@ -148,13 +147,9 @@ def _is_our_export(folder: Path) -> bool:
     if {p.name for p in folder.iterdir()} - written or not (folder / "config.json").is_file():
         return False
     try:
-        return MARK in pretrained.read_config(folder / "config.json")
+        return MARK in read_json(folder / "config.json")
     except ValueError:
         return False
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------- import
@@ -183,7 +178,7 @@ def import_hf(
         )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json in it; takes a HuggingFace model's folder")
-    config = config_from_hf(pretrained.read_config(folder / "config.json"), str(folder / "config.json"))
+    config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     files = _weight_files(folder)
     parts = {part.name: part for part in layout(config)}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -203,7 +198,7 @@ def import_hf(
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = pretrained.read_config(folder / INDEX).get("weight_map")
+        names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ValueError(f"{folder / INDEX}: got no weight_map, takes weights' names and their files")
         for name in set(names.values()):
@@ -225,9 +220,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _is_ignored(name: str) -> bool:
-    return name.endswith(
-        ".rotary_emb.inv_freq"
-    )  # a table that releases before 4.32 saved; it follows from the config
+    # a table that releases before 4.32 saved; it follows from the config
+    return name.endswith(".rotary_emb.inv_freq")
 
 
 def _stored_dtype(files: list[Path]) -> torch.dtype:

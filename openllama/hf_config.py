@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from openllama import __version__
-from openllama.config import ModelConfig, from_dict
+from openllama.config import ROPE_KEYS, ModelConfig, check_rope_scaling, from_dict
 
 MARK = "openllama_version"  # in config.json: this folder is an export of ours, which a newer one may replace
 
@@ -29,11 +29,6 @@ _ABSENT: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (None, False),
     "partial_rotary_factor": (None, 1, 1.0),
     "quantization_config": (None,),
-}
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
 
@@ -102,21 +97,14 @@ def _rope_from_hf(
     theta = given.pop("rope_theta", values.get("rope_theta") or 10000.0)
     legacy = given.pop("type", None)
     kind = given.pop("rope_type", legacy or "default")
-    if kind not in _ROPE_KEYS:
-        raise ValueError(f"{source}: {where}: got rope_type {kind!r}, takes one of {', '.join(_ROPE_KEYS)}")
     if given.pop("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{source}: {where}: got a partial_rotary_factor, takes rotary over the whole head")
     if kind == "llama3":
         given.setdefault("original_max_position_embeddings", max_positions)
-    for key in _ROPE_KEYS[kind]:
-        value = given.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ValueError(f"{source}: {where}: {key}: got {value!r}, takes a number above 0 for {kind!r}")
+    scaling = {"rope_type": kind, **{k: given.get(k) for k in ROPE_KEYS.get(kind, ())}}
+    check_rope_scaling(scaling, f"{source}: {where}")
     # What the type doesn't use is left out (transformers ignores it with a warning), but not what would change it.
-    for key in given.keys() - set(_ROPE_KEYS[kind]):
+    for key in given.keys() - scaling.keys():
         if isinstance(given[key], dict):
             raise ValueError(f"{source}: {where}: got {key}, takes one setting for all layers")
-    return theta, None if kind == "default" else {
-        "rope_type": kind,
-        **{k: given[k] for k in _ROPE_KEYS[kind]},
-    }
+    return theta, None if kind == "default" else scaling

@@ -12,7 +12,6 @@ tokenizer.json with the `tokenizers` library alone gets the special id, unless `
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, processors
 
+from openllama.files import write_json
 from openllama.tokenizer import SPACE_MARK, Tokenizer
 
 PROBES = (
@@ -59,7 +59,7 @@ def write(path: str | Path, folder: Path, max_positions: int) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_positions,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)
     shutil.copyfile(path, folder / "tokenizer.model")
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 
+from openllama.files import read_json
 from openllama.hf import import_hf
 from openllama.model import Llama
-from openllama.pretrained import CONFIG, TOKENIZER, read_config, read_model
+from openllama.pretrained import CONFIG, TOKENIZER, read_model, step_folder, steps
 
 
 def load_model(
@@ -30,7 +30,7 @@ def load_model(
         FileNotFoundError: no model there. ValueError: a model of another shape or kind, naming what doesn't fit.
     """
     folder = find_model(path)
-    if "architectures" in read_config(folder / CONFIG):
+    if "architectures" in read_json(folder / CONFIG):
         model = import_hf(folder, dtype, device)
     else:
         model = read_model(folder, dtype, device)
@@ -43,11 +43,10 @@ def find_model(path: str | Path) -> Path:
     path = Path(path)
     if (path / CONFIG).is_file():
         return path
-    names = (re.fullmatch(r"step-(\d+)", p.name) for p in path.iterdir()) if path.is_dir() else ()
-    steps = {int(m[1]): path / m[0] for m in names if m}
-    if not steps:
+    found = steps(path)
+    if not found:
         what = "no config.json and no step-* folder in it" if path.is_dir() else "no such folder"
         raise FileNotFoundError(
             f"{path}: {what}; takes a checkpoint (runs/NAME/checkpoints or a step-* folder in it) or a HuggingFace folder"
         )
-    return steps[max(steps)]
+    return step_folder(path, found[-1])

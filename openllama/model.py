@@ -85,7 +85,7 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """The model. `forward` gives logits; `loss` gives the summed cross-entropy that training uses."""
+    """The model. `forward` gives logits, or with labels the summed cross-entropy that training uses."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -203,8 +203,11 @@ def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
 
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model, each counted once (a tied head is the embedding)."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Llama(config).parameters())
+    c = config
+    attention = (2 * c.heads + 2 * c.kv_heads) * c.head_dim * c.hidden  # wqkv and wo
+    layer = attention + 3 * c.intermediate * c.hidden + 2 * c.hidden  # and the MLP, two norms
+    tables = (1 if c.tied else 2) * c.vocab_size * c.hidden
+    return tables + c.layers * layer + c.hidden + (2 * c.hidden if c.stable_embedding else 0)
 
 
 def flops_per_token(config: ModelConfig, seq: float) -> float:

@@ -5,7 +5,7 @@ A step of a training run is such a folder with more in it. safetensors only: no 
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from openllama.config import ModelConfig
-from openllama.folders import written_aside
+from openllama.files import folder_written_aside
 from openllama.model import Llama
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
@@ -29,7 +29,7 @@ def save_model(model: Llama, folder: str | Path, tokenizer_model: str | Path | N
     the disk is full.
     """
     tensors = weights(model)
-    with written_aside(folder, sum(t.nbytes for t in tensors.values()) + 2**20) as aside:
+    with folder_written_aside(folder, sum(t.nbytes for t in tensors.values()) + 2**20) as aside:
         model.config.save(aside / CONFIG)
         save_file(tensors, aside / WEIGHTS)
         if tokenizer_model is not None:
@@ -37,15 +37,16 @@ def save_model(model: Llama, folder: str | Path, tokenizer_model: str | Path | N
     return Path(folder)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json as a dictionary. Raises FileNotFoundError, or ValueError where it is not a JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got a JSON {type(values).__name__}, takes an object")
-    return values
+def step_folder(folder: Path, step: int) -> Path:
+    """Where a run keeps the model of `step`."""
+    return folder / f"step-{step:08d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps that have a `step_folder` in `folder`, in order."""
+    names = (p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else ()
+    found = (re.fullmatch(r"step-(\d{8}|[1-9]\d{8,})", name) for name in names)
+    return sorted(int(m[1]) for m in found if m)
 
 
 def weights(model: Llama) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from openllama.config import ModelConfig
+from openllama.files import read_json
 from openllama.model import Llama, flops_per_token, parameter_count
 from openllama.presets import PRESETS, preset
 
@@ -19,12 +20,11 @@ def find_config(name: str) -> ModelConfig:
     path = Path(name)
     if name not in PRESETS and (path.suffix == ".json" or path.exists()):
         from openllama.hf_config import config_from_hf
-        from openllama.pretrained import read_config
 
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; takes a preset or a config.json")
-        values = read_config(path)
+        values = read_json(path)
         return config_from_hf(values, str(path)) if "architectures" in values else ModelConfig.load(path)
     return preset(name)
 

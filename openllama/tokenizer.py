@@ -1,7 +1,6 @@
-"""The tokenizer: SentencePiece BPE with byte fallback, set so that decode(encode(text)) == text for every
-string.
+"""The tokenizer: SentencePiece BPE with byte fallback, set so that every text survives.
 
-How SentencePiece treats what is special to it (tried with 0.2.1 and 0.2.3):
+decode(encode(text)) == text for every string. How SentencePiece treats what is special to it (tried with 0.2.1 and 0.2.3):
 - U+2581 is its own mark for a space and would decode to one, so the text is split there and its three UTF-8
   bytes are emitted.
 - Tab separates sentences in training; it never becomes a piece, and encodes as the byte piece <0x09>.
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from .data.files import written_aside
+from openllama.files import file_written_aside
 
 SPACE_MARK = "\u2581"
 # What a training sentence must not hold: tab (sentence boundary), the marks for space and unknown, NUL.
@@ -57,8 +56,7 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos. Raises ValueError for lone surrogates, which no UTF-8 text can
-        hold."""
+        """Ids of `text`, without bos or eos. Raises ValueError for lone surrogates: no UTF-8 holds them."""
         try:
             if SPACE_MARK not in text:
                 return self._model.encode(text)
@@ -68,11 +66,8 @@ class Tokenizer:
                 ids += self._space_mark
                 ids += self._model.encode(part)
             return ids
-        except (
-            UnicodeEncodeError,
-            RuntimeError,
-            TypeError,
-        ):  # which of them depends on SentencePiece's release
+        # which of them depends on SentencePiece's release
+        except (UnicodeEncodeError, RuntimeError, TypeError):
             if lone := re.search("[\ud800-\udfff]", text):
                 raise ValueError(
                     f"text: character {lone.start()} is a lone surrogate, takes valid Unicode"
@@ -124,7 +119,7 @@ def train(texts: Iterable[str], path: str | Path, vocab_size: int) -> Tokenizer:
     except RuntimeError as e:
         raise ValueError(_explain(str(e), vocab_size)) from None
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as file:
+    with file_written_aside(path) as file:
         file.write(model.getvalue())
     return Tokenizer(path)
 

@@ -9,11 +9,7 @@ import argparse
 import sys
 import time
 
-import torch
-
-from openllama.generate import sample
-from openllama.load import load_model
-from openllama.tokenizer import Tokenizer
+from openllama import cli
 
 
 def arguments() -> argparse.Namespace:
@@ -38,20 +34,25 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
     parser.add_argument("--tokenizer", help="tokenizer.model (default: the one in the checkpoint)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     return parser.parse_args()
 
 
-def run(args: argparse.Namespace) -> None:
-    model, tokenizer_path = load_model(args.checkpoint, device=args.device)
+def main() -> None:
+    args = arguments()
+    from openllama.generate import sample
+    from openllama.load import load_model
+    from openllama.tokenizer import Tokenizer
+
+    device = find_device(args.device)
+    model, tokenizer_path = load_model(args.checkpoint, device=device)
     tokenizer_path = args.tokenizer or tokenizer_path
     if tokenizer_path is None:
         raise ValueError(f"{args.checkpoint}: holds no tokenizer.model; name one with --tokenizer")
     tokenizer = Tokenizer(tokenizer_path)
     prompts = args.prompt or [""]
-    ids = [
-        [tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts
-    ]  # a document starts with bos in training
+    # a document starts with bos in training
+    ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
     start = time.perf_counter()
     new = sample(
         model,
@@ -70,13 +71,20 @@ def run(args: argparse.Namespace) -> None:
             print(f"--- sample {i + 1}")
         print(tokenizer.decode([*ids[i], *tokens]))  # together: a character's bytes may lie on both sides
     count = sum(map(len, new))
-    print(
-        f"[{count} tokens, {seconds:.1f} s, {count / seconds:.1f} tokens/s on {args.device}]", file=sys.stderr
-    )
+    print(f"[{count} tokens, {seconds:.1f} s, {count / seconds:.1f} tokens/s on {device}]", file=sys.stderr)
+
+
+def find_device(name: str | None):
+    """torch's device of that name; None: a GPU where there is one. Raises ValueError for any other."""
+    import torch
+
+    here = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name is None:
+        name = "cuda" if here else "cpu"
+    if name not in ("cpu", *here) and not (name == "cuda" and here):
+        raise ValueError(f"--device: got {name!r}, takes {' or '.join(['cpu', *here])} on this machine")
+    return torch.device(name)
 
 
 if __name__ == "__main__":
-    try:
-        run(arguments())
-    except (ValueError, OSError) as e:
-        sys.exit(f"generate.py: {e}")
+    cli.run(main)

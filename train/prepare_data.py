@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 
-from openllama.data.prepare import prepare
-from openllama.data.shards import LINES_PER_SHARD
+from openllama import cli
 
 
 def main() -> None:
+    from openllama.data.prepare import prepare
+    from openllama.data.shards import LINES_PER_SHARD
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

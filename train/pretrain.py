@@ -4,11 +4,8 @@ Run the same command again to go on from the newest checkpoint. SIGTERM and Ctrl
 """
 
 import argparse
-import sys
 
-from openllama.config import load
-from openllama.training.config import TrainConfig
-from openllama.training.loop import Trainer
+from openllama import cli
 
 
 def main() -> int:
@@ -20,12 +17,12 @@ def main() -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     args = parser.parse_args()
-    try:
-        trainer = Trainer(load(TrainConfig, args.config, args.overrides))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    return trainer.run()
+    from openllama.config import load
+    from openllama.training.config import TrainConfig
+    from openllama.training.loop import Trainer
+
+    return Trainer(load(TrainConfig, args.config, args.overrides)).run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

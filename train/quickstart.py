@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import results, tokens_per_second
 from benchmarks.peers.hf import HuggingFace
-from openllama import config, devices, hf
+from openllama import cli, config, devices, hf
 from openllama.data.bigram import bigram_loss
 from openllama.data.cache import TokenCache
 from openllama.data.loader import PackedLoader
@@ -236,11 +236,8 @@ def main() -> None:
     )
     parser.add_argument("--max-bytes", type=int, default=20_000_000, help="of text in the corpus")
     args = parser.parse_args()
-    try:
-        Quickstart(config.load(TrainConfig, args.config), args.config, args.max_bytes).run()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    Quickstart(config.load(TrainConfig, args.config), args.config, args.max_bytes).run()
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from openllama import tokenizer
-from openllama.data.prepare import sample
+from openllama import cli
 
 
 def main() -> None:
@@ -30,6 +29,9 @@ def main() -> None:
         help="train on about this much text, chosen by hash (default: 100 MB; lower it if memory runs out)",
     )
     args = parser.parse_args()
+    from openllama import tokenizer
+    from openllama.data.prepare import sample
+
     start = time.perf_counter()
     trained = tokenizer.train(sample(args.shards, args.sample_bytes), args.out, args.vocab_size)
     seconds = time.perf_counter() - start
@@ -39,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

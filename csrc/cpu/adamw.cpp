@@ -13,7 +13,7 @@ void update(const AdamWTensor& t, const AdamWStep& s, int64_t begin, int64_t end
   const bool has_master = t.master != nullptr;
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
-    const float g = to_float(grad[i]) * s.grad_scale;
+    const float g = to_float(grad[i]);
     const float m = t.exp_avg[i] + (g - t.exp_avg[i]) * s.new1;
     const float v = s.beta2 * t.exp_avg_sq[i] + s.new2 * g * g;
     const float weight = has_master ? t.master[i] : to_float(param[i]);

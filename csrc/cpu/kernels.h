@@ -32,8 +32,8 @@ OPENLLAMA_CPU_KERNELS(avx512)
 namespace openllama::cpu {
 enum class Level { base, avx2, avx512 };
 
-// The best that the machine has; the environment's OPENLLAMA_CPU=base or avx2 (read once) holds it down, for
-// tests.
+// The best that the machine has. For tests, OPENLLAMA_CPU=base or avx2 in the environment (read once) holds
+// it down.
 inline Level level() {
   static const Level value = [] {
     const char* most = std::getenv("OPENLLAMA_CPU");

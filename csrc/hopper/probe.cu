@@ -1,6 +1,5 @@
-// The smallest Hopper-only kernel: it gives registers back, which only sm_90a code may do. It proves that
-// files of this folder are compiled for sm_90a alone and run from the same library; `openllama info` calls
-// it.
+// The smallest Hopper-only kernel: it gives registers back, which only sm_90a code may do. `openllama info`
+// calls it, to prove that files of this folder are compiled for sm_90a and run from the same library.
 #include "../ops.h"
 
 namespace openllama::cuda {

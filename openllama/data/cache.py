@@ -21,28 +21,25 @@ from typing import Any
 
 import numpy as np
 
+from openllama.files import file_written_aside, read_json, write_json
 from openllama.tokenizer import Tokenizer
 
 from . import shards
-from .files import read_json, write_json, written_aside
 from .progress import bar
 
 VERSION = 1
 TOKENS, OFFSETS, INDEX = "tokens.bin", "offsets.npy", "cache.json"
-BATCH_CHARACTERS = 1 << 18  # of text handed to a worker at once, and
-BATCH_TEXTS = (
-    256  # at most so many texts: small enough that memory stays flat, large enough to hide the hand-over
-)
-BYTES_PER_PROCESS = (
-    8 << 20
-)  # of text, at least: a process takes as long to start as it needs for about this much
+# Handed to a worker at once: characters of text, and at most so many texts. Small enough that memory stays
+# flat, large enough to hide the hand-over.
+BATCH_CHARACTERS, BATCH_TEXTS = 1 << 18, 256
+# Of text, at least: a process takes as long to start as it needs for about this much.
+BYTES_PER_PROCESS = 8 << 20
 
 Encoded = tuple[np.ndarray, np.ndarray, int]  # ids of all documents, length of each, bytes of their text
 
 
 class TokenCache:
-    """A finished cache. `cache[i]` are the ids of document i (a view of the file); `lengths` those of all
-    documents.
+    """A finished cache. `cache[i]` are the ids of document i (a view of the file); `lengths` those of all.
 
     Also `tokens`, `text_bytes`, `vocab_size`, `pad_id`, and `fingerprint`, which stands for the tokens'
     content.
@@ -102,8 +99,7 @@ def tokenize(
     rebuild: bool = False,
     progress: bool = True,
 ) -> TokenCache:
-    """Tokenises a shard folder into `out_dir`, or opens what is there if it came from the same shards and
-    tokenizer.
+    """Tokenises a shard folder into `out_dir`, or opens what the same shards and tokenizer gave before.
 
     `processes`: default one per core, fewer for a small corpus; the result does not depend on it. A cache
     made from other shards or another tokenizer raises ValueError, or is made anew with `rebuild=True`. Empty
@@ -116,9 +112,7 @@ def tokenize(
         if not (stale := _differences(read_json(out / INDEX, VERSION), made_from)):
             return TokenCache(out)
         if not rebuild:
-            raise ValueError(
-                f"{out}: made from {stale}; pass rebuild=True to make it anew, or name another folder"
-            )
+            raise ValueError(f"{out}: made from {stale}; remove {out}, or choose another `out`")
         (out / INDEX).unlink()  # first, so that a kill from here on leaves no cache rather than a wrong one
     manifest = shards.read_manifest(shards_dir)
     processes = processes or min(cores(), 1 + manifest["text_bytes"] // BYTES_PER_PROCESS)
@@ -154,7 +148,7 @@ def _made_from(shards_dir: str | Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _differences(meta: dict[str, Any], made_from: dict[str, Any]) -> str:
     return " and ".join(
-        f"{name} {meta[name]}, but {name} is now {made_from[name]}"
+        f"{name} {meta[name][:12]}, but {name} is now {made_from[name][:12]}"
         for name in ("tokenizer", "shards")
         if meta[name] != made_from[name]
     )
@@ -185,9 +179,8 @@ def _encode_all(batches: Iterator[list[str]], tokenizer: Tokenizer, processes: i
         yield from (_encode(tokenizer, batch) for batch in batches)
         return
     pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (tokenizer.path,))
-    waiting: deque[Future[Encoded]] = (
-        deque()
-    )  # bounded: reading never runs far ahead; and in the documents' order
+    # bounded: reading never runs far ahead; and in the documents' order
+    waiting: deque[Future[Encoded]] = deque()
     with _no_main_module(), pool:
         try:
             for batch in batches:
@@ -225,12 +218,12 @@ def _write(
     out: Path, dtype: str, results: Iterable[Encoded], advance: Callable[[int], None]
 ) -> dict[str, int]:
     offsets, text_bytes = array("Q", [0]), 0
-    with written_aside(out / TOKENS) as file:
+    with file_written_aside(out / TOKENS) as file:
         for ids, lengths, size in results:
             file.write(ids.astype(dtype, copy=False).tobytes())
             offsets.extend((np.cumsum(lengths, dtype=np.uint64) + np.uint64(offsets[-1])).tolist())
             text_bytes += size
             advance(size)
-    with written_aside(out / OFFSETS) as file:
+    with file_written_aside(out / OFFSETS) as file:
         np.save(file, np.frombuffer(offsets, np.uint64))
     return {"documents": len(offsets) - 1, "tokens": offsets[-1], "text_bytes": text_bytes}

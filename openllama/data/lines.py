@@ -1,5 +1,4 @@
-"""Lines of plain, gzip and zstd files, decompressed in small pieces: memory does not grow with a file's
-size."""
+"""Lines of plain, gzip and zstd files, decompressed in pieces: memory does not grow with a file's size."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ CHUNK = 1 << 14  # compressed bytes read at once; text rarely expands more than 
 
 
 class Unreadable(Exception):
-    """Says why one file or line gives no document. Inside this package only: `Damage.note` decides what
-    follows."""
+    """Says why one file or line gives no document. Inside this package only: `Damage.note` decides."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)
@@ -23,8 +21,7 @@ class Unreadable(Exception):
 
 
 def lines(path: str | Path) -> Iterator[bytes]:
-    """Lines of a plain, gzip or zstd file (by its ending). Raises Unreadable after the last whole line of a
-    damaged file."""
+    """Lines of a plain, gzip or zstd file (by its ending). Raises Unreadable where a damaged one ends."""
     chunks = (
         _zstd(path)
         if str(path).endswith(".zst")

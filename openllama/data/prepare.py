@@ -16,11 +16,11 @@ from .readers import Damage, Document, read, source_files
 from .shards import LINES_PER_SHARD, ShardWriter, read_manifest, read_shards, reusable
 
 UNFINISHED = ".unfinished"  # shards are made here and renamed when all are complete
+ENDS = 1 << 16  # bytes of each end of a source's file that are compared when shards are reused
 
 
 def fraction(text: str, salt: str = "") -> float:
-    """A number in [0, 1) that depends on the text alone: splits and samples by it are stable when a corpus
-    grows."""
+    """A number in [0, 1) of the text alone: splits and samples by it are stable when a corpus grows."""
     return int.from_bytes(hashlib.sha256(f"{salt}{text}".encode()).digest()[:6], "big") / 2**48
 
 
@@ -46,7 +46,7 @@ def prepare(
     if not 0 <= valid_share < 1:
         raise ValueError(f"valid_share: got {valid_share}, takes a number from 0 to below 1")
     out, start = Path(out), time.perf_counter()
-    settings = _settings(source, max_bytes, valid_share, lines_per_shard)
+    settings = _settings(source, max_bytes, valid_share, on_damage, lines_per_shard)
     splits = ["train", "valid"] if valid_share else ["train"]
     manifests = {s: reusable(out / s, settings | {"split": s}) for s in splits}
     reused = all(manifests.values())
@@ -64,18 +64,33 @@ def prepare(
 
 
 def _settings(
-    source: str | Path, max_bytes: int | None, valid_share: float, lines_per_shard: int
+    source: str | Path, max_bytes: int | None, valid_share: float, on_damage: str, lines_per_shard: int
 ) -> dict[str, Any]:
-    # The size of the files, so that a changed source is noticed. Not for "python": installing a package there
-    # must not invalidate the shards.
-    size = None if str(source) == "python" else sum(p.stat().st_size for p in source_files(source))
+    # The files, so that a changed source is noticed. Not for "python": installing a package must not
+    # invalidate shards.
+    files = [] if str(source) == "python" else source_files(source)
     return {
         "source": str(source),
-        "source_bytes": size,
+        "source_bytes": sum(p.stat().st_size for p in files) if files else None,
+        "source_fingerprint": _fingerprint(files) if files else None,
         "max_bytes": max_bytes,
         "valid_share": valid_share,
+        "on_damage": on_damage,
         "lines_per_shard": lines_per_shard,
     }
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """Stands for the files' names, sizes, and first and last bytes: cheap for a corpus of any size."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(ENDS))
+            file.seek(max(ENDS, size - ENDS))
+            digest.update(file.read(ENDS))
+    return digest.hexdigest()[:16]
 
 
 def _write(
@@ -87,9 +102,8 @@ def _write(
         manifests = _fill(source, unfinished, settings, splits, damage, progress)
         for split in reversed(splits):  # train last: after a kill in between, the next run makes both again
             if (out / split).exists():
-                shutil.rmtree(
-                    out / split
-                )  # empty, or complete with equal settings: `reusable` has seen to that
+                # empty, or complete with equal settings: `reusable` has seen to that
+                shutil.rmtree(out / split)
             os.replace(unfinished / split, out / split)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -130,7 +144,6 @@ def _up_to(documents: Iterator[Document], limit: int | None) -> Iterator[tuple[D
 
 
 def sample(folder: str | Path, max_bytes: int) -> Iterator[str]:
-    """Texts of a shard folder, about `max_bytes` of them chosen by hash: spread evenly, and the same every
-    time."""
+    """Texts of a shard folder, about `max_bytes` of them by hash: spread evenly, the same every time."""
     share = max_bytes / read_manifest(folder)["text_bytes"]
     return (d["text"] for d in read_shards(folder) if share >= 1 or fraction(d["text"], "sample") < share)

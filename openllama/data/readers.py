@@ -91,10 +91,8 @@ def parse(line: bytes, key: str = "text") -> dict[str, Any]:
         record, end = _DECODER.raw_decode(text := line.decode("utf-8").strip())
     except UnicodeDecodeError as e:
         raise Unreadable("not UTF-8", f"byte {e.start}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as e:  # not only JSONDecodeError: a number of 5,000 digits is a ValueError
+    # not only JSONDecodeError: a number of 5,000 digits is a ValueError
+    except (ValueError, RecursionError) as e:
         raise Unreadable("not JSON", str(e)) from None
     if end != len(text):
         raise Unreadable("more than one JSON value", f"the first ends at character {end} of {len(text)}")
@@ -110,8 +108,7 @@ def parse(line: bytes, key: str = "text") -> dict[str, Any]:
 
 
 def records(path: str | Path, key: str = "text") -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-    """(line number, object) of each line that is not blank; where one cannot be used, why stands in its
-    place."""
+    """(line number, object) of each line that is not blank; where one cannot be used, why it cannot."""
     stream, number = lines(path), 0
     while True:
         number += 1
@@ -168,8 +165,7 @@ def _text_file(path: Path, source: str, damage: Damage, name: str = "") -> Itera
 
 
 def _python(damage: Damage) -> Iterator[Document]:
-    """Files with equal contents come once. Damage here is never fatal: Python ships undecodable files on
-    purpose (tests)."""
+    """Files with equal contents come once. Damage is never fatal: Python ships undecodable files."""
     damage = Damage("skip", damage.counts, damage.examples)
     paths = sysconfig.get_paths()
     seen: set[bytes] = set()

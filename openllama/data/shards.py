@@ -1,5 +1,4 @@
-"""Shards: a folder of part-00000.jsonl.zst files with equal line counts, and the manifest.json that describes
-them.
+"""Shards: a folder of part-00000.jsonl.zst files with equal line counts, and their manifest.json.
 
 The manifest comes last, so a folder with one is complete. Equal documents and settings give equal bytes.
 """
@@ -17,7 +16,8 @@ from typing import Any
 
 import zstandard
 
-from .files import read_json, sha256_of, write_json, written_aside
+from openllama.files import file_written_aside, read_json, sha256_of, write_json
+
 from .lines import Unreadable
 from .readers import Damage, DamagedData, Document, records
 
@@ -59,11 +59,8 @@ class ShardWriter:
     def write(self, document: Document) -> None:
         if not self._lines:
             self._open()
-        self._put(
-            self._zstd.compress(
-                json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-            )
-        )
+        line = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        self._put(self._zstd.compress(line))
         self._lines += 1
         self._text_bytes += len(document["text"].encode())
         self._categories[document["meta"]["source"]] += 1
@@ -72,7 +69,7 @@ class ShardWriter:
 
     def _open(self) -> None:
         self._name = f"part-{len(self._shards):05d}.jsonl.zst"
-        self._file = self._part.enter_context(written_aside(self.folder / self._name))
+        self._file = self._part.enter_context(file_written_aside(self.folder / self._name))
         self._zstd = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compressobj()
         self._sha, self._bytes = hashlib.sha256(), 0
 
@@ -144,7 +141,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 def read_shards(folder: str | Path) -> Iterator[Document]:
     """All documents of a shard folder, in order. The manifest is checked at once; damage raises DamagedData
-    naming file and line."""
+    naming its file and line."""
     return _documents(Path(folder), read_manifest(folder))
 
 
@@ -168,8 +165,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def reusable(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of `folder` if it was made with `settings`, None if it is new or empty; raises if it holds
-    other things."""
+    """The manifest of `folder` if it was made with `settings`, None if it is new or empty; else raises."""
     folder = Path(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return None

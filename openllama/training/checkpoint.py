@@ -7,8 +7,6 @@ states beside the weights. Only safetensors and JSON: nothing in a checkpoint is
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,22 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from openllama.config import ModelConfig
-from openllama.folders import written_aside
+from openllama.files import folder_written_aside, read_json, write_json
 from openllama.model import Llama
-from openllama.pretrained import CONFIG, TOKENIZER, WEIGHTS, check_weights, open_weights, weights
+from openllama.pretrained import (
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    check_weights,
+    open_weights,
+    step_folder,
+    steps,
+    weights,
+)
 
 VERSION = 1
 OPTIMIZER, RANDOM, STATE = "optimizer.safetensors", "random.safetensors", "state.json"
-
-
-def step_folder(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
-
-
-def steps(folder: Path) -> list[int]:
-    """Steps that have a checkpoint in `folder`, in order."""
-    names = (re.fullmatch(r"step-(\d{8})", p.name) for p in folder.iterdir()) if folder.is_dir() else ()
-    return sorted(int(m[1]) for m in names if m)
 
 
 def save(
@@ -64,7 +61,7 @@ def save(
         shutil.rmtree(leftover)
     model_tensors, optimizer_tensors = weights(model), _optimizer_tensors(model, optimizer)
     size = sum(t.nbytes for t in (*model_tensors.values(), *optimizer_tensors.values())) + 2**20
-    with written_aside(place, size) as aside:
+    with folder_written_aside(place, size) as aside:
         model.config.save(aside / CONFIG)
         save_file(model_tensors, aside / WEIGHTS)
         save_file(optimizer_tensors, aside / OPTIMIZER)
@@ -73,7 +70,7 @@ def save(
         }
         save_file(random, aside / RANDOM)
         shutil.copyfile(tokenizer, aside / TOKENIZER)
-        (aside / STATE).write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=2) + "\n")
+        write_json(aside / STATE, {"version": VERSION, "step": step, **state})
     for old in steps(folder)[:-keep]:
         shutil.rmtree(step_folder(folder, old))
 
@@ -83,10 +80,7 @@ def read_state(place: Path) -> dict[str, Any]:
     path = place / STATE
     if not path.exists():
         raise ValueError(f"{place}: no {STATE}, so not a checkpoint of a run; takes a step-* folder")
-    state = json.loads(path.read_text())
-    if state.get("version") != VERSION:
-        raise ValueError(f"{path}: got checkpoint version {state.get('version')!r}, takes {VERSION}")
-    return state
+    return read_json(path, VERSION)
 
 
 def load(place: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:

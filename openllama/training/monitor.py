@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from datetime import timedelta
@@ -12,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from openllama.files import file_written_aside
 
 
 class Monitor:
@@ -81,9 +82,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _keep_steps_until(path: Path, step: int) -> None:
     if not path.exists():
         return
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= step))
-    os.replace(aside, path)
+    kept = "".join(json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= step)
+    with file_written_aside(path) as file:
+        file.write(kept.encode())
 
 
 def plot_loss(metrics: Path, picture: Path, bigram_bits_per_byte: float | None = None) -> None:
@@ -111,7 +112,6 @@ def plot_loss(metrics: Path, picture: Path, bigram_bits_per_byte: float | None =
         right.axhline(bigram_bits_per_byte, color="tab:red", ls="--", label="bigram model of the same tokens")
     right.set(xlabel="optimizer step", ylabel="held out, bits/byte")
     right.legend()
-    aside = picture.with_name(f".{picture.name}.writing.png")
-    figure.savefig(aside, dpi=130)
+    with file_written_aside(picture) as file:
+        figure.savefig(file, dpi=130, format=picture.suffix[1:] or "png")
     plt.close(figure)
-    os.replace(aside, picture)

@@ -6,7 +6,8 @@ import os
 import pytest
 import zstandard
 
-from openllama.data import files, shards
+from openllama import files
+from openllama.data import shards
 from openllama.data.prepare import fraction, prepare, sample
 from openllama.data.readers import DamagedData
 from openllama.data.shards import ShardWriter, read_manifest, read_shards
@@ -166,6 +167,35 @@ def test_prepare_reuses_equal_settings_and_names_what_differs(source, tmp_path):
     with pytest.raises(ValueError, match=r"source_bytes was \d+, now \d+"):
         quiet(source, out)
     assert (out / "train/manifest.json").stat().st_mtime_ns == before
+
+
+def test_prepare_tells_sources_of_one_size_apart(source, tmp_path):
+    """One file changed at its start, or at its end; and the same bytes in other files of a folder."""
+    text = source.read_text()
+    quiet(source, tmp_path / "out")
+    for changed in (text.replace("0000 ", "9999 ", 1), text[:-10] + "x" + text[-9:]):
+        assert len(changed) == len(text)
+        source.write_text(changed)
+        with pytest.raises(ValueError, match=r"\(source_fingerprint was '\w{16}', now '\w{16}'\)"):
+            quiet(source, tmp_path / "out")
+    source.write_text(text)
+    os.utime(source, (1, 1))  # a copy of the same files is the same source
+    assert quiet(source, tmp_path / "out")["reused"]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "b.txt").write_text("two")
+    quiet(folder, tmp_path / "of-folder", valid_share=0)
+    (folder / "b.txt").rename(folder / "c.txt")
+    with pytest.raises(ValueError, match="source_fingerprint was"):
+        quiet(folder, tmp_path / "of-folder", valid_share=0)
+
+
+def test_strict_shards_are_not_those_of_a_lenient_run(source, tmp_path):
+    source.write_text(source.read_text() + "{}\n")
+    quiet(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="on_damage was 'skip', now 'raise'"):
+        quiet(source, tmp_path / "out", on_damage="raise")
 
 
 def test_prepare_counts_damage_in_the_manifest(source, tmp_path):

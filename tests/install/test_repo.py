@@ -172,6 +172,8 @@ def test_files_that_every_clone_holds():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
     for name in ("README.md", "CHANGELOG.md", "CITATION.cff"):
         assert (ROOT / name).stat().st_size, name
+    unreleased = "unreleased" in (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1].splitlines()[0].lower()
+    assert unreleased == ("date-released" not in (ROOT / "CITATION.cff").read_text())
 
 
 def test_nothing_shadows_another_package():

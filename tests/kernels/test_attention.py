@@ -67,14 +67,12 @@ class TestDense(Heads):
 
 
 class TestPacked(Heads):
+    compiled_ulps = 16.0  # a mask in place of a document at a time
+
     def make(self, rows, size, dtype, device, seed=0):
         shapes = [(rows, heads, size[2]) for heads in (size[0], size[1], size[1])]
         tensors = [random(shape, dtype, device, seed + i) for i, shape in enumerate(shapes)]
         return tensors, (borders_of(rows, device, seed), rows)
-
-    test_compiled_equals_eager = (
-        None  # a document at a time needs its borders on the CPU: it is a graph break
-    )
 
 
 def packed(lengths, dtype=F32, device="cpu", heads=4, kv_heads=2, seed=0):
@@ -141,13 +139,32 @@ def test_scale(device):
     all_near(doubled[0], run(attention, [tensors[0] * 2, *tensors[1:]])[0], 4)  # 2 * 16 ** -0.5 = 0.5
 
 
-def test_packed_compiles_with_graph_breaks():
-    """On the CPU; a GPU's varlen kernel takes the borders as they are."""
+@pytest.mark.parametrize("dtype", (F32, BF16))
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("lengths", ([7, 1, 30, 12], [0, 5, 0, 0, 7, 0], [50]))
+def test_packed_compiles_into_one_graph(device, dtype, causal, lengths):
     torch._dynamo.reset()
-    tensors, constants = packed([4, 6])
-    compiled = torch.compile(attention, backend="aot_eager")
-    for ours, theirs in zip(run(compiled, tensors, constants), run(attention, tensors, constants)):
-        all_near(ours, theirs, 2)
+    tensors, constants = packed(lengths, dtype, device)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    results = (run(f, tensors, constants, causal=causal) for f in (compiled, attention))
+    for ours, theirs in zip(*results):
+        all_near(ours, theirs, TestPacked.compiled_ulps)
+
+
+def test_one_graph_serves_other_borders():
+    """The mask is built from cu_seqlens in the graph: documents of other lengths need no new one."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(attention, backend=compiler, fullgraph=True)
+    for lengths in ([7, 1, 2], [1, 2, 7]):
+        tensors, constants = packed(lengths)
+        all_near([compiled(*tensors, *constants)], [attention(*tensors, *constants)], 4)
+    assert len(graphs) == 1
 
 
 Q, K = torch.zeros(10, 4, 8), torch.zeros(10, 2, 8)
@@ -168,6 +185,8 @@ def borders(*values, dtype=torch.int32):
         ((Q, Q[:, :3], Q[:, :3], borders(0, 10), 10), ValueError, "k: got 3 heads, takes a divisor of q's 4"),
         ((Q, Q[:, :0], Q[:, :0], borders(0, 10), 10), ValueError, "k: got 0 heads"),
         ((Q, K, K, borders(0, 10, dtype=torch.int64), 10), TypeError, "cu_seqlens: got torch.int64"),
+        ((Q, K, [1], borders(0, 10), 10), TypeError, "v: got list, takes a tensor"),
+        ((Q, K, K, [0, 10], 10), TypeError, "cu_seqlens: got list, takes a tensor"),
         ((Q, K, K, borders(0), 10), ValueError, r"cu_seqlens: got shape \(1,\)"),
         ((Q, K, K, borders(0, 10)), TypeError, "max_seqlen: got None"),
         ((Q, K, K, borders(1, 10), 10), ValueError, r"cu_seqlens: got \[1, 10\].* takes 0 to q's 10 tokens"),

@@ -180,6 +180,7 @@ X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)
     "arguments, options, error, message",
     [
         ((X, Y[:3]), {}, ValueError, r"labels: got shape \(3,\), takes \(4,\)"),
+        ((X, [0, 1]), {}, TypeError, "labels: got list, takes a tensor"),
         ((X, Y.float()), {}, TypeError, "labels: got torch.float32, takes int32 or int64"),
         ((X.int(), Y), {}, TypeError, "logits: got torch.int32"),
         ((X[:, :0], Y), {}, ValueError, r"logits: got shape \(4, 0\)"),

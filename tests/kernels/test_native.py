@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from openllama.kernels import library
+from openllama.ops import cross_entropy, rotary, rotary_tables
 
 from .test_backend import python
 
@@ -44,6 +45,78 @@ def cuda_commands() -> list[tuple[str, list[str]]]:
 def test_build_info():
     assert INFO["torch_target"] == "2.11" and INFO["cpu"] in library.CPU_LEVELS
     assert bool(INFO["cuda"]) == bool(INFO["arches"])
+    assert INFO["driver"] == 0 or INFO["driver"] >= 12000 or not torch.cuda.is_available()
+
+
+def test_library_does_not_hold_the_folder_it_was_built_in():
+    assert str(ROOT).encode() not in library.PATH.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: cross_entropy(torch.zeros(2, 4), torch.tensor([0, 4])), r"^cross_entropy: labels\[1\] is 4, takes"),
+        (lambda: rotary(X[:, None], *rotary_tables(8, 4), torch.tensor([0, 4])), r"^rotary: positions\[1\] is 4, outside"),
+    ],
+)  # fmt: skip
+def test_errors_of_values_begin_with_the_message(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+X, W, R = torch.zeros(2, 8), torch.zeros(8), torch.zeros(2)
+LABELS, LSE, POSITIONS, TABLE = R.long(), torch.zeros(2, 2), R.int(), torch.zeros(4, 4)
+ROTARY = {"x": X[:, None], "cos": TABLE, "sin": TABLE, "positions": POSITIONS, "rotated": 1, "inverse": False}
+
+# Raw ops and arguments that they take. Each tensor that is not the main one is moved to another device in turn.
+CALLS = {
+    "rms_norm_fwd": ("x", {"x": X, "residual": X, "weight": W, "eps": 0.1}),
+    "rms_norm_bwd": ("h", {"dy": X, "dh": X, "h": X, "weight": W, "rstd": R, "need_dx": True, "need_dweight": True}),
+    "rotary": ("x", ROTARY),
+    "rotary_": ("x", ROTARY),
+    "swiglu_bwd": ("gate_up", {"dact": X[:, :4], "gate_up": X}),
+    "cross_entropy_fwd": ("logits", {"logits": X, "labels": LABELS, "ignore_index": -100}),
+    "cross_entropy_bwd": ("logits", {"dloss": R, "logits": X, "labels": LABELS, "lse": LSE, "ignore_index": -100}),
+    "cross_entropy_bwd_": ("logits", {"dloss": R, "logits": X, "labels": LABELS, "lse": LSE, "ignore_index": -100}),
+    "adamw_": ("params", {"params": [W.bfloat16()], "grads": [W], "exp_avgs": [W], "exp_avg_sqs": [W], "masters": [W],
+                          "lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 0.1, "weight_decay": 0.1, "step": 1}),
+}  # fmt: skip
+
+#: In a process of its own: a kernel that reads a tensor of another device kills it.
+ELSEWHERE = """
+import torch
+from tests.kernels.test_native import CALLS
+cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+for name, (main, arguments) in CALLS.items():
+    op = getattr(torch.ops.openllama, name).default
+    fresh = {k: [t.clone() for t in v] if isinstance(v, list) else v for k, v in arguments.items()}
+    op.redispatch(cpu, *fresh.values())
+    for key, value in arguments.items():
+        if key == main or not isinstance(value, (torch.Tensor, list)):
+            continue
+        moved = [t.to("meta") for t in value] if isinstance(value, list) else value.to("meta")
+        print(name, key, flush=True)
+        try:
+            op.redispatch(cpu, *{**arguments, key: moved}.values())
+        except RuntimeError as error:
+            assert "must be on its partner's device" in str(error), error
+        else:
+            raise AssertionError("no error")
+print("done")
+"""
+
+
+def test_a_raw_op_takes_tensors_of_one_device():
+    result = python(ELSEWHERE, cwd=ROOT)
+    assert result.stdout.endswith("done\n"), result.stdout + result.stderr
+
+
+@needs_cuda_build
+def test_nvcc_uses_the_builds_compiler():
+    if not (ROOT / "build" / "native" / "build.ninja").exists():
+        pytest.skip("the build folder is not here")
+    for source, command in cuda_commands():
+        assert any(word.startswith("-ccbin=/") for word in command), source
 
 
 @needs_cuda_build

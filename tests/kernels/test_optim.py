@@ -174,6 +174,8 @@ def test_bad_options_are_named(name, value):
 def test_bad_betas_and_sparse_gradients_are_named():
     with pytest.raises(ValueError, match=r"betas: got \(0.9, 1.0\)"):
         AdamW(model().parameters(), betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match=r"betas: got \(0.9,\), takes two numbers"):
+        AdamW(model().parameters(), betas=(0.9,))
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="grad: got a sparse gradient"):

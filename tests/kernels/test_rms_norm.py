@@ -176,6 +176,8 @@ X, W = torch.ones(4, 8), torch.ones(8)
     "arguments, error, message",
     [
         ((X, torch.ones(7)), ValueError, r"weight: got shape \(7,\), takes \(8,\)"),
+        ((X, [1] * 8), TypeError, "weight: got list, takes a tensor"),
+        ((X, W, EPS, 1.0), TypeError, "residual: got float, takes a tensor"),
         ((X, W.half()), TypeError, "weight: got torch.float16, takes x's torch.float32"),
         ((X.int(), W), TypeError, "x: got torch.int32"),
         ((X[0, 0], W), ValueError, "x: got a scalar"),

@@ -166,6 +166,8 @@ X, (COS, SIN, POSITIONS, _) = example()
         ((X[0], COS, SIN, POSITIONS), {}, ValueError, r"x: got shape \(6, 16\)"),
         ((X[..., :15], COS, SIN, POSITIONS), {}, ValueError, r"x: got shape \(9, 6, 15\)"),
         ((X[..., :0], COS, SIN, POSITIONS), {}, ValueError, r"x: got shape \(9, 6, 0\)"),
+        ((X, 1, 2, 3), {}, TypeError, "cos: got int, takes a tensor"),
+        ((X, COS, SIN, 3), {}, TypeError, "positions: got int, takes a tensor"),
         ((X, COS[:, :4], SIN, POSITIONS), {}, ValueError, r"cos: got shape \(64, 4\), takes \(64, 8\)"),
         ((X, COS, SIN[:3], POSITIONS), {}, ValueError, r"sin: got shape \(3, 8\), takes \(64, 8\)"),
         (

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -7,6 +9,8 @@ import pytest
 
 from openllama.config import ModelConfig, from_dict, load
 from openllama.presets import PRESETS
+
+from .models import LLAMA3
 
 SHAPE = {"vocab_size": 100, "hidden": 64, "intermediate": 96, "layers": 2, "heads": 4}
 
@@ -105,11 +109,38 @@ def test_a_missing_file_is_named(tmp_path):
         ({"kv_heads": 3}, "kv_heads: got 3, takes a divisor of heads=4"),
         ({"hidden": 66}, "head_dim: hidden=66 is not divisible by heads=4; give head_dim itself"),
         ({"head_dim": 7}, "head_dim: got 7, takes an even number"),
+        ({"norm_eps": float("nan")}, "norm_eps: got nan, takes a finite number above 0"),
+        ({"norm_eps": 0.0}, "norm_eps: got 0"),
+        ({"rope_theta": -5.0}, "rope_theta: got -5"),
+        ({"rope_theta": float("inf")}, "rope_theta: got inf"),
+        ({"init_std": -1.0}, "init_std: got -1"),
+        ({"init_std": float("nan")}, "init_std: got nan"),
+        ({"rope_scaling": {}}, "rope_scaling: got rope_type None, takes one of default, linear, llama3"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_scaling: got rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor: got None, takes a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "rope_scaling: factor: got nan"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2, "beta": 1}}, "beta: unknown for 'linear'"),
+        (
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "high_freq_factor: got 1.0, takes more than low_freq_factor=1.0",
+        ),
     ],
 )
 def test_model_config_errors(change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**SHAPE | change)
+
+
+def test_a_refused_value_names_the_file(tmp_path):
+    config = dataclasses.asdict(ModelConfig(**SHAPE)) | {"norm_eps": -1.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: norm_eps: got -1"):
+        ModelConfig.load(tmp_path / "config.json")
+
+
+def test_settings_and_files_need_no_torch():
+    code = "import sys, openllama.config, openllama.files; assert not {'torch', 'numpy'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_model_config_defaults_save_and_load(tmp_path):

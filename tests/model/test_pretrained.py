@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from openllama import cli, tokenizer
+from openllama.config import ModelConfig
 from openllama.hf import export_hf, import_hf
-from openllama.load import load_model
+from openllama.load import find_model, load_model
 from openllama.presets import PRESETS
-from openllama.pretrained import save_model
+from openllama.pretrained import save_model, step_folder, steps
+from openllama.summary import find_config
+from openllama.training import checkpoint
 
 from .models import make
 
@@ -105,11 +108,7 @@ def test_export_and_import_commands(run_folder, tmp_path, capsys):
     assert equal(back, import_hf(tmp_path / "hf"))
     assert cli.main(["import", str(tmp_path / "hf"), str(tmp_path / "back")]) == 1
     error = capsys.readouterr().err
-    assert (
-        error.startswith("openllama import: ")
-        and "back: is there already" in error
-        and error.count("\n") == 1
-    )
+    assert error.startswith("error: ") and "back: is there already" in error and error.count("\n") == 1
 
 
 def test_summary_command(capsys, tmp_path):
@@ -151,3 +150,47 @@ def test_generate_script(run_folder):
         and "none: no such folder" in failed.stderr
         and "Traceback" not in failed.stderr
     )
+    command[3], command[-1] = run_folder, "cuda:99"
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: --device: got 'cuda:99', takes cpu")
+
+
+def test_a_step_folder_is_found_in_one_way(run_folder):
+    """What the run would not resume from isn't loaded either."""
+    (run_folder / "step-200").mkdir()
+    (run_folder / "step-000000300").mkdir()
+    (run_folder / "step-00000400").touch()
+    assert steps(run_folder) == checkpoint.steps(run_folder) == [90, 100]
+    assert find_model(run_folder) == run_folder / "step-00000100"
+    (run_folder / "step-100000000").mkdir()
+    assert steps(run_folder)[-1] == 100_000_000
+    assert find_model(run_folder) == step_folder(run_folder, 100_000_000)
+
+
+# ---------------------------------------------------------------- damaged JSON
+
+
+@pytest.mark.parametrize("text", ['{"vocab_size": 40', "", "\xff", "[1]", "9" * 5000])
+def test_damaged_json_is_named(run_folder, text):
+    place = run_folder / "step-00000100"
+    for file, read in (
+        ("config.json", lambda: ModelConfig.load(place / "config.json")),
+        ("config.json", lambda: load_model(place)),
+        ("config.json", lambda: find_config(str(place))),
+        ("state.json", lambda: checkpoint.read_state(place)),
+    ):
+        (place / file).write_bytes(text.encode("latin-1"))
+        with pytest.raises(
+            ValueError, match=rf"{file}: (not valid JSON|got a JSON (list|int), takes an object)"
+        ):
+            read()
+    (place / "state.json").write_text('{"version": 7}')
+    with pytest.raises(ValueError, match=r"state\.json: got version 7, takes 1"):
+        checkpoint.read_state(place)
+
+
+def test_a_damaged_index_of_an_import_is_named(tmp_path):
+    export_hf(make(), tmp_path / "hf", shard_bytes=20_000)
+    (tmp_path / "hf/model.safetensors.index.json").write_text('{"weight_map": {')
+    with pytest.raises(ValueError, match=r"index\.json: not valid JSON"):
+        import_hf(tmp_path / "hf")

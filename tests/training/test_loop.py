@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from openllama import folders, tokenizer
+from openllama import files, tokenizer
 from openllama.config import load
 from openllama.data.loader import Batch, PackedLoader
 from openllama.model import Llama
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(settings, tmp_path):
 
 def test_a_full_disk_keeps_the_older_checkpoint(settings, tmp_path, monkeypatch):
     trainer = Trainer(settings(steps=4, save_every=2))
-    real, calls = folders._sync, []
+    real, calls = files._sync, []
 
     def full(path):
         if "step-00000004" in str(path):
@@ -151,7 +151,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(settings, tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(folders, "_sync", full)
+    monkeypatch.setattr(files, "_sync", full)
     with pytest.raises(OSError, match="disk is full"):
         trainer.run()
     assert calls
@@ -163,7 +163,7 @@ def test_a_full_disk_keeps_the_older_checkpoint(settings, tmp_path, monkeypatch)
 
 def test_no_room_is_said_before_anything_is_written(settings, tmp_path, monkeypatch):
     trainer = Trainer(settings(steps=2))
-    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(OSError, match="are free"):
         trainer.run()
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []

@@ -124,15 +124,15 @@ def test_kill_during_a_save_leaves_the_older_checkpoint(settings, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(
         "import os, sys, time, yaml\n"
-        "from openllama import folders\n"
+        "from openllama import files\n"
         "from openllama.training.config import TrainConfig\n"
         "from openllama.training.loop import Trainer\n"
-        "move = folders._move_into_place\n"
+        "move = files._move_into_place\n"
         "def slow(aside, folder):\n"
         "    if folder.name == 'step-00000004':\n"
         "        print('SAVING', flush=True); time.sleep(60)\n"
         "    move(aside, folder)\n"
-        "folders._move_into_place = slow\n"
+        "files._move_into_place = slow\n"
         "Trainer(TrainConfig(**yaml.safe_load(open(sys.argv[1])))).run()\n"
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(vars(config)))

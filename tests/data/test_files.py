@@ -1,0 +1,72 @@
+"""Files and folders appear whole or not at all, and a full disk is named in one way, whoever writes."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from openllama import files
+from openllama.training.monitor import Monitor, plot_loss
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i, "loss": 1.0, "lr": 0.1}) + "\n" for i in range(1, 5)))
+    return path
+
+
+def writers(folder):
+    def a_folder():
+        with files.folder_written_aside(folder / "new", 0) as aside:
+            (aside / "a").write_text("a")
+
+    return {
+        "json": lambda: files.write_json(folder / "new.json", {}),
+        "folder": a_folder,
+        "metrics": lambda: Monitor(folder / "metrics.jsonl", 2, 4),
+        "picture": lambda: plot_loss(folder / "metrics.jsonl", folder / "loss.png"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["json", "folder", "metrics", "picture"])
+def test_a_full_disk_is_named_in_one_way_and_leaves_nothing(kind, metrics, tmp_path, monkeypatch):
+    before = metrics.read_text()
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(
+        OSError, match="the disk is full, nothing of this is kept; free space, run again"
+    ) as caught:
+        writers(tmp_path)[kind]()
+    assert caught.value.errno == errno.ENOSPC and str(tmp_path) in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"] and metrics.read_text() == before
+
+
+def test_what_is_written(metrics, tmp_path):
+    for write in writers(tmp_path).values():
+        write()
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png", "new", "new.json"}
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [json.loads(x)["step"] for x in metrics.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b'{"a": ', r"a\.json: not valid JSON \("),
+        (b"\xff", r"a\.json: not valid JSON \("),
+        (b"[]", r"a\.json: got a JSON list, takes an object"),
+        (b'{"version": 2}', r"a\.json: got version 2, takes 1"),
+        (b"{}", r"a\.json: got version None, takes 1"),
+    ],
+)
+def test_json_that_cannot_be_used_is_named(tmp_path, text, message):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        files.read_json(tmp_path / "a.json", 1)
+    files.write_json(tmp_path / "a.json", {"version": 1, "é": "中"})
+    assert files.read_json(tmp_path / "a.json", 1) == {"version": 1, "é": "中"}
