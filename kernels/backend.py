@@ -87,7 +87,7 @@ def _ask_card(index: int) -> str:
     if major < _MIN_CAPABILITY:
         return f"compute capability {major}.{minor} is below {_MIN_CAPABILITY}.0"
     # The CUDA runtime inside the library is the build's: a driver of its major version or newer can run it.
-    built, driver = library.build_info()["cuda"], library.build_info()["driver"]
+    built, driver = library.build_info()["cuda"], library.driver_version()
     if driver // 1000 < built // 1000:
         return f"the driver is for CUDA {_dotted(driver)}, the library was built with {_dotted(built)}"
     return ""

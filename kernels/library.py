@@ -39,12 +39,13 @@ if missing:
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What the library was built with and found here.
-
-    cpu: the instruction set in use; cuda: the CUDA that it was built with, driver: the newest that the driver here takes
-    (both 1000 major + 10 minor, 0: none); arches: what its CUDA kernels were compiled for.
-    """
+    """What the library was built with and found here: cpu (instruction set), cuda (runtime version), arches."""
     return {} if missing else json.loads(torch.ops.openllama.build_info())
+
+
+def driver_version() -> int:
+    """The CUDA that the driver here takes, 1000 major + 10 minor; 0: no driver. Starts the driver: not for import."""
+    return 0 if missing else torch.ops.openllama.driver_version()
 
 
 #: Whether the library holds CUDA kernels.

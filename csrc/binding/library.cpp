@@ -6,7 +6,7 @@
 namespace openllama {
 namespace {
 
-// As JSON, for kernels/library.py and `openllama info`. CUDA versions are 1000 major + 10 minor.
+// As JSON, for kernels/library.py and `openllama info`.
 std::string build_info() {
   std::string info = "{\"torch_target\": \"2.11\"";
 #ifdef __x86_64__
@@ -16,15 +16,22 @@ std::string build_info() {
   info += ", \"cpu\": \"base\"";
 #endif
 #ifdef USE_CUDA
-  int driver = 0;  // stays 0 without a driver
-  cudaDriverGetVersion(&driver);
-  info += ", \"cuda\": " + std::to_string(CUDART_VERSION) + ", \"driver\": " + std::to_string(driver);
-  info += ", \"arches\": \"" OPENLLAMA_ARCHES "\"";
+  info += ", \"cuda\": " + std::to_string(CUDART_VERSION) + ", \"arches\": \"" OPENLLAMA_ARCHES "\"";
   info += std::string(", \"stream_symbol\": ") + (aoti_torch_get_current_cuda_stream ? "true" : "false");
 #else
-  info += ", \"cuda\": 0, \"driver\": 0, \"arches\": \"\", \"stream_symbol\": false";
+  info += ", \"cuda\": 0, \"arches\": \"\", \"stream_symbol\": false";
 #endif
   return info + "}";
+}
+
+// The CUDA that the driver here takes, 1000 major + 10 minor; 0: no driver. It is no part of build_info,
+// which is read at import: asking starts the driver, and a process forked after that can't use the GPU.
+int64_t driver_version() {
+  int version = 0;
+#ifdef USE_CUDA
+  cudaDriverGetVersion(&version);
+#endif
+  return version;
 }
 
 #ifdef USE_CUDA
@@ -42,11 +49,13 @@ void hopper_probe_cuda(Tensor out) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(openllama, m) {
   m.def("build_info() -> str");
+  m.def("driver_version() -> int");
   m.def("hopper_probe(Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openllama, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&openllama::build_info));
+  m.impl("driver_version", TORCH_BOX(&openllama::driver_version));
 }
 
 #ifdef USE_CUDA

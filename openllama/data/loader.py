@@ -1,5 +1,4 @@
-"""Packed batches: every label of the corpus once an epoch, in an order that (seed, epoch) fixes, resumable
-anywhere."""
+"""Packed batches: every label once an epoch, in an order that (seed, epoch) fixes, resumable anywhere."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ class Trainer:
             "settings": dataclasses.asdict(c),
             "torch": torch.__version__,
         }
-        random_states: Any = self.ranks.gather(checkpoint.random_state())
+        random_states = self.ranks.gather(checkpoint.random_state())
         if self.ranks.is_main:
             checkpoint.save(
                 self.checkpoints, self.step, self.model, self.optimizer, state, Path(c.tokenizer), random_states, c.keep

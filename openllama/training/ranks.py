@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -34,11 +36,11 @@ class Ranks:
         dist.all_reduce(total, group=self._group)
         return total.tolist()
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: Any) -> list[Any]:
         """Every process's value, in rank order."""
         if self.world == 1:
             return [value]
-        values: list[object] = [None] * self.world
+        values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, group=self._group)
         return values
 

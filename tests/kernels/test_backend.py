@@ -56,7 +56,8 @@ def card(monkeypatch):
     def put(capability, driver):
         monkeypatch.setattr(library, "missing", "")
         monkeypatch.setattr(library, "has_cuda", True)
-        monkeypatch.setattr(library, "build_info", lambda: {"cuda": 13000, "driver": driver})
+        monkeypatch.setattr(library, "build_info", lambda: {"cuda": 13000})
+        monkeypatch.setattr(library, "driver_version", lambda: driver)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
