@@ -61,7 +61,6 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backends.choose("attention", q, backend) == "reference":
         return attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale)
-    q, k, v = (_aligned(t) for t in (q, k, v))
     if cu_seqlens is None:
         return _sdpa(q, k, v, causal, scale)
     if q.numel() == 0:
@@ -71,13 +70,6 @@ def attention(
     if torch.compiler.is_compiling():
         return _masked(q, k, v, cu_seqlens, causal, scale)
     return _per_document(q, k, v, cu_seqlens, causal, scale)
-
-
-def _aligned(t: torch.Tensor) -> torch.Tensor:
-    """`t`, or a copy where it does not start on 16 bytes, as PyTorch's GPU kernels expect without checking."""
-    if not t.is_cuda or torch.compiler.is_compiling() or t.data_ptr() % 16 == 0:
-        return t
-    return t.clone()
 
 
 def _sdpa(q, k, v, causal: bool, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
