@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kMaxThreads) bwd_kernel(RmsNormBwd a) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         dot += d[k] * w[k] * v[k];
-        if (a.dweight) dweight[c + k] += d[k] * v[k] * rstd;
+        if (a.dweight) dweight[c + k] += d[k] * (v[k] * rstd);
       }
     }
     if (!a.dx) continue;

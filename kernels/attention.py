@@ -4,7 +4,7 @@
 
 Vaswani et al., 2017; grouped-query attention (Ainslie et al., 2023) when k and v have fewer heads. PyTorch's fused
 kernels do the work for now: SDPA for dense batches and, document by document, for packs on the CPU; its varlen kernel
-for packs on a GPU. While torch.compile traces, where the lengths of documents are not known, a pack on the CPU is one
+for bf16 and fp16 packs on a GPU. While torch.compile traces, where the lengths of documents are not known, a pack on the CPU is one
 SDPA call with a mask, whose work grows with the square of the pack.
 """
 
@@ -43,7 +43,8 @@ def attention(
 
     Args:
         q: dense (batch, seq, heads, head_dim), or packed (tokens, heads, head_dim) with cu_seqlens.
-        k, v: like q, with kv_heads heads, a divisor of heads. Slices of one packed QKV are read as they are.
+        k, v: like q, with kv_heads heads, a divisor of heads. Slices of one packed QKV are read as they are (on a GPU,
+            those that do not lie on 16 bytes are copied).
         cu_seqlens: (documents + 1) int32, from 0 to tokens, not falling: where each document starts. Empty documents
             are allowed. A token sees only its own document.
         max_seqlen: the longest document, needed with cu_seqlens.
@@ -61,15 +62,40 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backends.choose("attention", q, backend) == "reference":
         return attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale)
-    if cu_seqlens is None:
-        return _sdpa(q, k, v, causal, scale)
     if q.numel() == 0:
         return q + 0 * (k.sum() + v.sum())  # nothing to attend to, but all three are part of the graph
-    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
+    if not q.is_cuda:
+        return _fused(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    out = _fused(*map(_readable, (q, k, v)), cu_seqlens, max_seqlen, causal, scale)
+    if out.requires_grad and not torch.compiler.is_compiling():
+        # some of them take the gradient for a dense one, whatever its strides
+        out.register_hook(lambda dout: _readable(dout.contiguous()))
+    return out
+
+
+def _readable(t: torch.Tensor) -> torch.Tensor:
+    """`t`, or a copy where PyTorch's CUDA kernels could not read it: they take 16 bytes at a time, unchecked."""
+    start = 0 if torch.compiler.is_compiling() else t.storage_offset()  # Dynamo has no offsets
+    step = 16 // t.element_size()
+    if t.stride(-1) == 1 and not any(n % step for n in (start, *t.stride()[:-1])):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _fused(q, k, v, cu_seqlens, max_seqlen, causal: bool, scale: float) -> torch.Tensor:
+    if cu_seqlens is None:
+        return _sdpa(q, k, v, causal, scale)
+    if _varlen_takes(q):
         return _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale)
     if torch.compiler.is_compiling():
         return _masked(q, k, v, cu_seqlens, causal, scale)
     return _per_document(q, k, v, cu_seqlens, causal, scale)
+
+
+def _varlen_takes(q: torch.Tensor) -> bool:
+    head_dim = q.shape[-1]
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and varlen_attn is not None and half and head_dim % 8 == 0 and head_dim <= 256
 
 
 def _sdpa(q, k, v, causal: bool, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:

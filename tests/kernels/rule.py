@@ -56,7 +56,7 @@ def run(
         return outputs, [None] * len(leaves)
     douts = gradients_like(outputs) if douts is None else douts
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    pairs = [(o, d.to(o.dtype)) for o, d in zip(outputs, douts) if o.requires_grad]
+    pairs = [(o, d.to(o)) for o, d in zip(outputs, douts) if o.requires_grad]
     found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [d for _, d in pairs]))
     return [o.detach() for o in outputs], [next(found) if need else None for need in needs]
 

@@ -38,11 +38,11 @@ def borders_of(rows, device, seed):
 class Heads(Contract):
     sizes = ((4, 2, 16), (1, 1, 8), (6, 1, 40), (3, 3, 64))  # heads, kv_heads, head_dim
     factor = 2.0
-    ulps = 4.0
+    ulps = 8.0  # PyTorch's fp32 kernel on a GPU
     fuzz_cases = 60
     layout_ulps = 8.0
     fuzz_ulps = 16.0
-    terms = 1.0  # equal keys, as in an expanded k, have gradients that cancel
+    terms = 4.0  # equal keys, as in an expanded k, have gradients that cancel
 
     def eager(self, *arguments):
         return eager(*arguments)
@@ -110,9 +110,10 @@ def test_a_document_does_not_see_another(device):
 
 @pytest.mark.parametrize("lengths", ([0, 5, 0, 0, 7, 0], [0, 0, 0], [0], [3, 0]))
 def test_empty_documents(device, lengths):
-    tensors, constants = packed(lengths, device=device)
+    dtype = BF16 if device == "cuda" else F32
+    tensors, constants = packed(lengths, dtype, device)
     ours = run(attention, tensors, constants)
-    theirs = run(attention, *packed([n for n in lengths if n] or [0], device=device))
+    theirs = run(attention, *packed([n for n in lengths if n] or [0], dtype, device))
     assert all(torch.equal(o, t) for o, t in zip(ours[0] + ours[1], theirs[0] + theirs[1]))
 
 

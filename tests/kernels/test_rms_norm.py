@@ -42,9 +42,9 @@ class TestRmsNorm(Contract):
         return huggingface(x, weight)
 
     def floor(self, size):
-        return (
-            3.0 if size == 1 else 0.0
-        )  # y is weight's sign there, and dx what two equal terms of that size leave
+        # with few columns dweight may be small beside its partial sums, which are what is rounded; with one,
+        # dx is what two equal terms leave
+        return 12.0 if size < 16 else 0.0
 
     def fuzz_size(self, rng):
         return rng.choice((2, 3, 8, 15, 16, 17, 64, 100, 257, 1000))
