@@ -1,7 +1,6 @@
 """Devices, and the parameters of the tests that `contract.Contract` gives to every op."""
 
 import pytest
-import torch
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
@@ -17,9 +16,5 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors, and workers that share the cores: a test that wants threads asks for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """Every test here."""

@@ -5,12 +5,8 @@ from .models import BASE, KINDS
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Small tensors, and workers that share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """Every test here."""
 
 
 @pytest.fixture(params=KINDS)
