@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,10 +68,19 @@ def attention(
     if not q.is_cuda:
         return _fused(q, k, v, cu_seqlens, max_seqlen, causal, scale)
     out = _fused(*map(_readable, (q, k, v)), cu_seqlens, max_seqlen, causal, scale)
-    if out.requires_grad and not torch.compiler.is_compiling():
-        # some of them take the gradient for a dense one, whatever its strides
-        out.register_hook(lambda dout: _readable(dout.contiguous()))
-    return out
+    return _ReadableGradient.apply(out) if out.requires_grad else out
+
+
+class _ReadableGradient(torch.autograd.Function):
+    """The identity; cuDNN's backward takes the gradient for a dense one, whatever its strides."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> torch.Tensor:
+        return _readable(dout.contiguous())
 
 
 def _readable(t: torch.Tensor) -> torch.Tensor:

@@ -152,6 +152,19 @@ def test_packed_compiles_into_one_graph(device, dtype, causal, lengths):
         all_near(ours, theirs, TestPacked.compiled_ulps)
 
 
+def test_a_strided_gradient_inside_a_graph(device):
+    """The gradient of one of two concatenated tensors is a slice."""
+    torch._dynamo.reset()
+    tensors, _ = TestDense().make(16, (4, 2, 64), BF16, device)
+
+    def op(q, k, v):
+        return torch.cat([attention(q, k, v), q], dim=1)
+
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(run(compiled, tensors), run(op, tensors)):
+        all_near(ours, theirs, 4)
+
+
 def test_one_graph_serves_other_borders():
     """The mask is built from cu_seqlens in the graph: documents of other lengths need no new one."""
     torch._dynamo.reset()
