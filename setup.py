@@ -7,6 +7,7 @@ part is built alone. A failing compile is an error.
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,13 +102,12 @@ class Ninja:
         self._edge(str(target), self.objects, [*command, *self.objects, *libraries, "-o", str(target)])
 
     def _edge(self, output: str, inputs: list, command: list[str], depfile: str = "") -> None:
-        quoted = " ".join(f"'{word}'" if re.search(r"[\s\"$]", word) else word for word in command).replace(
-            "$", "$$"
-        )
+        quoted = shlex.join(command).replace("$", "$$")
         rule = f"rule r{len(self.edges)}\n  command = {quoted}\n  description = {Path(output).name}\n"
         rule += f"  depfile = {depfile}\n  deps = gcc\n" if depfile else ""
-        inputs = " ".join(str(i).replace(" ", "$ ") for i in inputs)
-        self.edges.append(f"{rule}build {output.replace(' ', '$ ')}: r{len(self.edges)} {inputs}\n")
+        paths = " ".join(re.sub(r"([$ :])", r"$\1", str(path)) for path in inputs)
+        output = re.sub(r"([$ :])", r"$\1", output)
+        self.edges.append(f"{rule}build {output}: r{len(self.edges)} {paths}\n")
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ namespace openllama::cuda {
 namespace {
 
 constexpr int kMaxThreads = 512;
+constexpr int kMaxShared = 64 * 1024;  // 16,384 columns of dweight
 
 // ---------------------------------------------------------------- kernels
 
@@ -135,8 +136,9 @@ cudaError_t launch(const RmsNormFwd& a, cudaStream_t stream) {
 template <class T, class W, int N>
 cudaError_t launch(const RmsNormBwd& a, cudaStream_t stream) {
   const size_t shared = a.dweight ? a.hidden * sizeof(float) : 0;
-  cudaError_t error = cudaFuncSetAttribute(bwd_kernel<T, W, N>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared));
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 * 1024)  // always to the same limit: another thread's launch may come in between
+    error = cudaFuncSetAttribute(bwd_kernel<T, W, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
   if (error != cudaSuccess) return error;
   bwd_kernel<T, W, N><<<static_cast<unsigned>(a.blocks), threads_for(a.hidden, N), shared, stream>>>(a);
   if ((error = cudaGetLastError()) != cudaSuccess || !a.dweight) return error;

@@ -37,6 +37,8 @@ def adamw(
 ) -> None:
     """Updates params, exp_avgs, exp_avg_sqs (and masters) in place. All on one device.
 
+    It can be compiled, but lr and step are constants of a graph: each step is a new one. Compile the model, not this.
+
     Args:
         params: contiguous, all of one dtype: fp32 or bf16.
         grads: params' shapes; fp32 or bf16 are read as they are, others are cast.
@@ -75,6 +77,8 @@ def adamw(
         # The op checks all before it writes, but can't name the argument. Checking here first would cost every step.
         _check(params, grads, exp_avgs, exp_avg_sqs, masters)
         raise
+    # the op can't: a backward that saved a weight before the step must raise, not use the new one
+    torch.autograd.graph.increment_version(params)
 
 
 def _check(params, grads, exp_avgs, exp_avg_sqs, masters) -> None:

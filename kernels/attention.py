@@ -3,9 +3,9 @@
     out = softmax(q k^T * scale + mask) v
 
 Vaswani et al., 2017; grouped-query attention (Ainslie et al., 2023) when k and v have fewer heads. PyTorch's fused
-kernels do the work for now: SDPA for dense batches and, document by document, for packs on the CPU; its varlen kernel
-for bf16 and fp16 packs on a GPU. While torch.compile traces, where the lengths of documents are not known, a pack on the CPU is one
-SDPA call with a mask, whose work grows with the square of the pack.
+kernels do the work for now: SDPA for dense batches; its varlen kernel for bf16 and fp16 packs on a GPU; for other packs
+SDPA document by document, which on a GPU waits for their lengths. While torch.compile traces, where the lengths are not
+known, those are one SDPA call with a mask, whose work grows with the square of the pack.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a torch built without it
     varlen_attn = None
+
+_VARLEN_DOCUMENTS = 65_535  # the second dimension of its grid
 
 # torch before 2.12 takes fewer key-value heads without being told.
 _VARLEN_GQA = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -50,21 +52,24 @@ def attention(
             are allowed. A token sees only its own document.
         max_seqlen: the longest document, needed with cu_seqlens.
         causal: a token sees itself and what is before it.
-        scale: of the scores; None: head_dim ** -0.5.
+        scale: of the scores, above 0; None: head_dim ** -0.5.
         backend: `torch`, `reference`; None chooses.
 
     Returns:
         q's shape and dtype.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device. The values of cu_seqlens are checked on the CPU only.
+        TypeError, ValueError: a wrong dtype, shape (k and v as long as q, for now), device or scale. The values of
+        cu_seqlens are checked on the CPU only.
     """
     _check(q, k, v, cu_seqlens, max_seqlen)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backends.choose("attention", q, backend) == "reference":
-        return attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale)
+    chosen = backends.choose("attention", q, backend)
     if q.numel() == 0:
         return q + 0 * (k.sum() + v.sum())  # nothing to attend to, but all three are part of the graph
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    checks.in_range("scale", scale, 1e-37, 3e38, "a finite number above 0")
+    if chosen == "reference":
+        return attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale)
     if not q.is_cuda:
         return _fused(q, k, v, cu_seqlens, max_seqlen, causal, scale)
     out = _fused(*map(_readable, (q, k, v)), cu_seqlens, max_seqlen, causal, scale)
@@ -110,17 +115,29 @@ def _varlen_takes(q: torch.Tensor) -> bool:
 
 def _sdpa(q, k, v, causal: bool, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, heads, seq, head_dim)
-    gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # Dynamo takes no symbolic bool here
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, **grouped)
     return out.transpose(1, 2)
 
 
 def _varlen(q, k, v, cu_seqlens, max_seqlen, causal: bool, scale: float) -> torch.Tensor:
-    options = {"enable_gqa": q.shape[1] != k.shape[1]} if _VARLEN_GQA else {}
+    if len(cu_seqlens) > _VARLEN_DOCUMENTS + 1:
+        return _varlen_pieces(q, k, v, cu_seqlens, max_seqlen, causal, scale)
+    options = {"enable_gqa": True} if _VARLEN_GQA and q.shape[1] != k.shape[1] else {}
     window = (-1, 0) if causal else (-1, -1)
+    max_seqlen = max(max_seqlen, 2)  # for 1 it counts on a token in every document
     return varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=window, **options
     )
+
+
+def _varlen_pieces(q, k, v, cu_seqlens, max_seqlen, causal: bool, scale: float) -> torch.Tensor:
+    borders = cu_seqlens.split(_VARLEN_DOCUMENTS)  # each piece lacks its end, which is the next one's start
+    cuts = [*(int(piece[0]) for piece in borders), len(q)]
+    return torch.cat([
+        _varlen(*(t[a:b] for t in (q, k, v)), F.pad(piece, (0, 1), value=b) - a, max_seqlen, causal, scale)
+        for piece, a, b in zip(borders, cuts, cuts[1:]) if a < b
+    ])  # fmt: skip
 
 
 def _masked(q, k, v, cu_seqlens, causal: bool, scale: float) -> torch.Tensor:

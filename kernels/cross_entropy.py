@@ -38,7 +38,7 @@ def cross_entropy(
         reduction: `none`: a loss for each row; `sum`; `mean`: the sum over the number of rows that count (0 where
             none does, as an empty batch has no error to learn from; PyTorch gives NaN).
         inplace_backward: backward may write the gradient over the logits, for logits that nothing else reads: no second
-            tensor of their size. The reference and compiled graphs leave them alone.
+            tensor of their size. The reference and compiled graphs leave them alone, as are rows that overlap.
         backend: `cpu`, `reference`; None chooses.
 
     Returns:
@@ -85,7 +85,9 @@ class _CrossEntropy(torch.autograd.Function):
         flat_labels = labels.reshape(-1).to(torch.int64).contiguous()
         loss, lse = torch.ops.openllama.cross_entropy_fwd(flat, flat_labels, ignore_index)
         ctx.save_for_backward(flat, flat_labels, lse)
-        ctx.ignore_index, ctx.shape, ctx.inplace = ignore_index, logits.shape, inplace
+        ctx.ignore_index, ctx.shape = ignore_index, logits.shape
+        overlapping = len(flat) > 1 and flat.stride(0) < flat.shape[1]
+        ctx.inplace = inplace and not overlapping
         return loss.view(labels.shape)
 
     @staticmethod

@@ -88,17 +88,21 @@ class _RmsNorm(torch.autograd.Function):
         flat_residual = None if residual is None else checks.rows(residual, hidden)
         y, h, rstd = torch.ops.openllama.rms_norm_fwd(flat, flat_residual, weight.contiguous(), eps)
         ctx.save_for_backward(flat if residual is None else h, weight, rstd)
+        ctx.set_materialize_grads(False)  # an output that nothing uses has no gradient to read
         # one output, not (y, None): dynamo can't trace the gradient of None
         return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
 
     @staticmethod
     @once_differentiable  # a second derivative raises instead of being wrong
     def backward(
-        ctx: Any, dy: torch.Tensor, dh: torch.Tensor | None = None
+        ctx: Any, dy: torch.Tensor | None, dh: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
         h, weight, rstd = ctx.saved_tensors
         hidden = h.shape[-1]
         need_x, need_weight, need_residual, _ = ctx.needs_input_grad
+        if dy is None:
+            dweight = torch.zeros_like(weight) if need_weight else None
+            return dh if need_x else None, dweight, dh if need_residual else None, None
         dx, dweight = torch.ops.openllama.rms_norm_bwd(
             checks.rows(dy, hidden),
             None if dh is None else checks.rows(dh, hidden),

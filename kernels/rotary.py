@@ -19,6 +19,13 @@ from torch.autograd.function import once_differentiable
 from . import backend as backends
 from . import checks, library
 
+#: The kinds of rotary scaling that we build (HuggingFace's names), and the numbers that each takes.
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 def rotary(
     x: torch.Tensor,
@@ -37,7 +44,8 @@ def rotary(
         cos, sin: (positions, head_dim / 2), fp32, from `rotary_tables`.
         positions: (tokens), int32 or int64, each below the tables' rows.
         rotated: how many heads turn, the first ones; None: all. The others are passed through.
-        inplace: write into x (its values before are lost, so do this to a fresh projection only).
+        inplace: write into x (its values before are lost, so do this to a fresh projection only). No leaf that requires
+            grad, and none of several views.
         backend: `cpu`, `reference`; None chooses.
 
     Returns:
@@ -55,8 +63,8 @@ def rotary(
         _check_positions(positions, cos)
         out = rotary_reference(x, cos, sin, positions, rotated)
         return x.copy_(out) if inplace else out
-    if inplace and not dense:
-        raise ValueError(f"x: got strides {x.stride()}, takes heads that lie side by side when inplace")
+    if inplace:
+        _check_inplace(x, dense)
     x = x if dense else x.clone(memory_format=torch.contiguous_format)
     return _Rotary.apply(x, cos, sin, _as_int32(positions), rotated, inplace)
 
@@ -72,21 +80,45 @@ def rotary_tables(
 
     `scaling` is HuggingFace's dictionary: `rope_type` `linear` or `llama3` (with its factors), None for none.
     Computed in fp32 in HuggingFace's order of operations, so that checkpoints trained there see the same angles.
+    Raises ValueError for an odd head_dim, a theta not above 0, an unknown or incomplete scaling.
     """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim: got {head_dim}, takes an even number of at least 2")
+    checks.in_range("theta", theta, 1e-37, 3e38, "a finite number above 0")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     frequencies = _scale(1.0 / theta**exponent, scaling)
     angles = torch.arange(max_positions, device=device).float()[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
+def check_rope_scaling(scaling: dict[str, Any], where: str) -> None:
+    """Raises ValueError naming `where`, the key, what it got and what it takes."""
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"{where}: got rope_type {kind!r}, takes one of {', '.join(ROPE_KEYS)}")
+    takes = ROPE_KEYS[kind]
+    for key in takes:
+        value = scaling.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{where}: {key}: got {value!r}, takes a number above 0 for {kind!r}")
+    for key in scaling.keys() - {"rope_type", *takes}:
+        raise ValueError(f"{where}: {key}: unknown for {kind!r}, takes {', '.join(takes) or 'nothing more'}")
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError(
+            f"{where}: high_freq_factor: got {scaling['high_freq_factor']}, takes more than low_freq_factor="
+            f"{scaling['low_freq_factor']}"
+        )
+
+
 def _scale(frequencies: torch.Tensor, scaling: dict[str, Any] | None) -> torch.Tensor:
-    kind = (scaling or {}).get("rope_type", "default")
-    if scaling is None or kind == "default":
+    if scaling is None:
+        return frequencies
+    check_rope_scaling(scaling, "scaling")
+    kind = scaling["rope_type"]
+    if kind == "default":
         return frequencies
     if kind == "linear":
         return frequencies / scaling["factor"]
-    if kind != "llama3":
-        raise ValueError(f"rope_scaling: got rope_type {kind!r}, takes 'default', 'linear' or 'llama3'")
     # Meta's rule for Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, a smooth blend between.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -111,6 +143,25 @@ def _check(x, cos, sin, positions, rotated: int | None) -> int:
     if not 0 <= rotated <= x.shape[1]:
         raise ValueError(f"rotated: got {rotated}, takes 0 to x's {x.shape[1]} heads")
     return rotated
+
+
+def _check_inplace(x: torch.Tensor, dense: bool) -> None:
+    """What autograd would refuse after the kernel has written, and what would be turned more than once."""
+    if not dense or (len(x) > 1 and x.stride(0) < x.shape[1] * x.shape[2]):
+        raise ValueError(
+            f"x: got strides {x.stride()}, takes heads that lie side by side and tokens that don't overlap when inplace"
+        )
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return
+    base = x if x._base is None else x._base
+    several = type(x.grad_fn).__name__.startswith(("Split", "Unbind", "Chunk"))
+    if base.is_leaf or several:
+        what = (
+            "one of several views, as of split()"
+            if several
+            else "a leaf that requires grad, or a view of one"
+        )
+        raise ValueError(f"x: got {what}, takes a fresh projection's output when inplace")
 
 
 def _is_dense(x: torch.Tensor) -> bool:

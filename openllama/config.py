@@ -17,13 +17,6 @@ from openllama.files import read_json, write_json
 
 T = TypeVar("T")
 
-# The kinds of rotary scaling that we build (HuggingFace's names), and the numbers that each takes.
-ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -39,7 +32,7 @@ class ModelConfig:
     max_positions: int = 2048  # rows of the rotary tables: the longest document the model reads
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # HuggingFace's dictionary, see ROPE_KEYS
+    rope_scaling: dict[str, Any] | None = None  # HuggingFace's dictionary, see kernels/rotary.py
     tied: bool = False  # the head is the embedding table
     stable_embedding: bool = False  # Open-Llama's LayerNorm right after the embedding
     init_std: float = 0.01
@@ -66,6 +59,8 @@ class ModelConfig:
         if not 0 <= self.init_std < math.inf:
             raise ValueError(f"init_std: got {self.init_std}, takes a finite number of at least 0")
         if self.rope_scaling is not None:
+            from openllama.kernels.rotary import check_rope_scaling  # here: settings are read without torch
+
             check_rope_scaling(self.rope_scaling, "rope_scaling")
 
     def save(self, path: str | Path) -> None:
@@ -74,25 +69,6 @@ class ModelConfig:
     @classmethod
     def load(cls, path: str | Path) -> ModelConfig:
         return from_dict(cls, read_json(path), str(path))
-
-
-def check_rope_scaling(scaling: dict[str, Any], where: str) -> None:
-    """Raises ValueError naming `where`, the key, what it got and what it takes."""
-    kind = scaling.get("rope_type")
-    if kind not in ROPE_KEYS:
-        raise ValueError(f"{where}: got rope_type {kind!r}, takes one of {', '.join(ROPE_KEYS)}")
-    takes = ROPE_KEYS[kind]
-    for key in takes:
-        value = scaling.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{where}: {key}: got {value!r}, takes a number above 0 for {kind!r}")
-    for key in scaling.keys() - {"rope_type", *takes}:
-        raise ValueError(f"{where}: {key}: unknown for {kind!r}, takes {', '.join(takes) or 'nothing more'}")
-    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise ValueError(
-            f"{where}: high_freq_factor: got {scaling['high_freq_factor']}, takes more than low_freq_factor="
-            f"{scaling['low_freq_factor']}"
-        )
 
 
 def nearest(name: str, choices: typing.Iterable[str]) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from openllama import __version__
-from openllama.config import ROPE_KEYS, ModelConfig, check_rope_scaling, from_dict
+from openllama.config import ModelConfig, from_dict
+from openllama.kernels.rotary import ROPE_KEYS, check_rope_scaling
 
 MARK = "openllama_version"  # in config.json: this folder is an export of ours, which a newer one may replace
 

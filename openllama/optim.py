@@ -33,12 +33,9 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: got {value}, takes a finite number of at least 0")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas: got {betas}, takes two numbers from 0 up to, but not, 1")
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        numbers = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        self._check(numbers)
+        super().__init__(params, numbers)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -47,6 +44,8 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:  # all before the first is stepped
+            self._check(group)
         for group in self.param_groups:
             for (step, dtype, _), params in self._buckets(group).items():
                 states = [self.state[p] for p in params]
@@ -66,6 +65,15 @@ class AdamW(torch.optim.Optimizer):
                 for s in states:  # after the op, which raises before it writes
                     s["step"] += 1
         return loss
+
+    @staticmethod
+    def _check(group: dict[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= group[name] < float("inf"):
+                raise ValueError(f"{name}: got {group[name]}, takes a finite number of at least 0")
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas: got {betas}, takes two numbers from 0 up to, but not, 1")
 
     def _buckets(self, group: dict[str, Any]) -> dict[tuple, list[torch.Tensor]]:
         """Parameters with a gradient by what one call of the op shares: step number, dtype, device."""

@@ -153,6 +153,14 @@ class Contract:
             for ours, theirs in zip(run(compiled, tensors, constants), run(self.op, tensors, constants)):
                 all_near(ours, theirs, self.compiled_ulps, layout)
 
+    def test_compiled_with_shapes_that_change(self, device):
+        torch._dynamo.reset()
+        compiled = torch.compile(self.op, fullgraph=True, backend="aot_eager", dynamic=True)
+        for rows in (16, 5):
+            tensors, constants = self.make(rows, self.sizes[0], F32, device)
+            for ours, theirs in zip(run(compiled, tensors, constants), run(self.op, tensors, constants)):
+                all_near(ours, theirs, self.compiled_ulps, f"{rows} rows")
+
     def test_a_second_derivative_raises(self, device, dtype):
         self.raw(device, dtype)  # skips where there is no kernel: the reference has second derivatives
         tensors, constants = self.make(3, self.sizes[0], dtype, device)

@@ -168,12 +168,23 @@ def test_opcheck():
         )
 
 
+def test_a_weight_saved_for_backward_is_seen_to_change(device):
+    run = Run([(4, 4)], F32, device)
+    weight = run.params[0].requires_grad_()
+    y = torch.ones(2, 4, device=device, requires_grad=True) @ weight
+    with torch.no_grad():
+        run.go(1)
+    with pytest.raises(RuntimeError, match=r"modified.*inplace"):
+        y.sum().backward()
+
+
 def test_compiled_equals_eager(device):
     torch._dynamo.reset()
-    ours, theirs = Run([(7,), (3, 5)], F32, device), Run([(7,), (3, 5)], F32, device).go(1)
+    ours, theirs = Run([(7,), (3, 5)], F32, device), Run([(7,), (3, 5)], F32, device).go(3)
     compiled = torch.compile(adamw, fullgraph=True, backend="aot_eager")
-    ours.step = 1
-    compiled(ours.params, ours.grads(), *ours.lists[1:], step=1, **HYPER)
+    for step in (1, 2, 3):
+        ours.step = step
+        compiled(ours.params, ours.grads(), *ours.lists[1:], step=step, **HYPER)
     for o, t in zip(chain(*ours.lists), chain(*theirs.lists)):
         near(o, t, 2)
 

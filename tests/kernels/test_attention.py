@@ -8,7 +8,7 @@ import torch
 from openllama.ops import attention
 
 from .contract import BF16, F16, F32, F64, Contract
-from .rule import all_near, laid_out, random, run
+from .rule import all_near, gradients_like, laid_out, random, run
 
 
 def eager(q, k, v, cu_seqlens=None, max_seqlen=None, causal=True):
@@ -54,10 +54,8 @@ class Heads(Contract):
         kv_heads = rng.choice((1, 2, 3))
         return kv_heads * rng.choice((1, 2, 4)), kv_heads, rng.choice((8, 16, 24, 40, 64))
 
-    def test_opcheck(self):
-        """No op of ours is behind this one yet."""
-
-    test_fake_has_the_real_strides = test_a_second_derivative_raises = test_opcheck
+    # no op of ours is behind this one yet
+    test_opcheck = test_fake_has_the_real_strides = test_a_second_derivative_raises = None
 
 
 class TestDense(Heads):
@@ -125,6 +123,27 @@ def test_many_short_documents(device):
     assert torch.equal(out[0], tensors[2][0].expand(2, -1))  # the first document is one token: it sees itself
 
 
+@pytest.mark.gpu
+def test_more_documents_than_a_grid_takes():
+    lengths = [2, 0, 1, 3] * 20_000
+    tensors, constants = packed(lengths, BF16, "cuda", heads=2, kv_heads=1)
+    ours = run(attention, tensors, constants)
+    dout = gradients_like(ours[0])[0]
+    for start in (0, 65_532, 79_000):  # in the first piece, over the cut, in the second
+        a, b = (int(constants[0][i]) for i in (start, start + 8))
+        some = [t[a:b] for t in tensors]
+        alone = run(attention, some, (constants[0][start : start + 9] - a, 3), douts=[dout[a:b]])
+        for o, t in zip(ours[0] + ours[1], alone[0] + alone[1]):
+            assert torch.equal(o[a:b], t)
+
+
+def test_documents_of_one_token_at_most(device):
+    """With max_seqlen 1, no mask and grouped heads, a varlen kernel may count on a token in every document."""
+    tensors, constants = packed([1, 0, 1, 1, 0], BF16, device)
+    (out,), grads = run(attention, tensors, constants, causal=False)
+    assert torch.equal(out, tensors[2].repeat_interleave(2, dim=1)) and grads[0].abs().max() < 0.1
+
+
 def test_slices_of_one_packed_qkv(device):
     qkv = random((20, 8, 16), BF16 if device == "cuda" else F32, device, 0)
     pieces = qkv.split([4, 2, 2], dim=1)
@@ -138,6 +157,17 @@ def test_scale(device):
     tensors, _ = TestDense().make(9, (2, 2, 16), F32, device)
     doubled = run(attention, tensors, scale=0.5)
     all_near(doubled[0], run(attention, [tensors[0] * 2, *tensors[1:]])[0], 4)  # 2 * 16 ** -0.5 = 0.5
+
+
+@pytest.mark.parametrize("scale", (0.0, -1.0, float("nan"), float("inf")))
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_bad_scale_is_named(scale, backend):
+    with pytest.raises(ValueError, match=f"scale: got {scale}, takes a finite number above 0"):
+        attention(Q[None], K[None], K[None], scale=scale, backend=backend)
+
+
+def test_head_dim_of_zero():
+    assert attention(Q[None, ..., :0], K[None, ..., :0], K[None, ..., :0]).shape == (1, 10, 4, 0)
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16))
@@ -193,6 +223,7 @@ def borders(*values, dtype=torch.int32):
     [
         ((Q, K, K), ValueError, r"q: got shape \(10, 4, 8\), takes \(batch, seq, heads, head_dim\)"),
         ((Q[None], K[None], K[None], borders(0, 10), 10), ValueError, r"takes \(tokens, heads, head_dim\) with cu_seqlens"),
+        ((Q[None, :5], K[None], K[None]), ValueError, r"k: got shape \(1, 10, 2, 8\), takes \(1, 5, 2, 8\)"),
         ((Q, K[:9], K, borders(0, 10), 10), ValueError, r"k: got shape \(9, 2, 8\), takes \(10, 2, 8\)"),
         ((Q, K, K[..., :4], borders(0, 10), 10), ValueError, r"v: got shape \(10, 2, 4\)"),
         ((Q, K.double(), K, borders(0, 10), 10), TypeError, "k: got torch.float64, takes q's torch.float32"),

@@ -139,11 +139,11 @@ def test_only_matrices_decay():
 
 def test_a_failed_step_changes_nothing():
     net = model()
-    optimizer = AdamW(net.parameters(), lr=1e-2)
+    optimizer = AdamW([{"params": [p]} for p in net.parameters()], lr=1e-2)
     train(net, optimizer, schedule(optimizer), 2)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.param_groups[0]["lr"] = float("nan")
+    optimizer.param_groups[-1]["lr"] = float("nan")
     before = copy.deepcopy((optimizer.state_dict()["state"], [p.detach() for p in net.parameters()]))
     with pytest.raises(ValueError, match="lr: got nan"):
         optimizer.step()

@@ -134,6 +134,21 @@ def test_in_place_writes_through_a_slice_of_wider_rows(device):
     assert torch.equal(wide[:, 0], before[:, 0]) and torch.equal(wide[:, 7], before[:, 7])
 
 
+def test_in_place_refuses_before_it_writes():
+    """A leaf, views of one, one of several views (autograd would refuse them too late), and tokens that overlap."""
+    x, constants = example()
+    leaf = x.clone().requires_grad_()
+    parts = (leaf * 1).split([6], dim=1)
+    for refused in (leaf, leaf.view(9, 6, 16), parts[0], x[:1].expand(9, 6, 16)):
+        before = refused.detach().clone()
+        with pytest.raises(ValueError, match=r"x: got .* when inplace"):
+            rotary(refused, *constants, inplace=True)
+        assert torch.equal(refused, before)
+    with torch.no_grad():
+        rotary(leaf, *constants, inplace=True)
+    assert torch.equal(leaf, rotary(x, *constants))
+
+
 def test_in_place_compiled(device):
     torch._dynamo.reset()
     x, constants = example(device=device)
@@ -222,8 +237,17 @@ def test_tables_tell_far_positions_apart():
     assert (cos.diff(dim=0).abs() + sin.diff(dim=0).abs())[:, 0].min() > 0.1
 
 
-def test_unknown_scaling_is_named():
-    with pytest.raises(
-        ValueError, match="rope_scaling: got rope_type 'longrope', takes 'default', 'linear' or 'llama3'"
-    ):
-        rotary_tables(8, 8, scaling={"rope_type": "longrope"})
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((8, 8, 1e4, {"rope_type": "longrope"}), "scaling: got rope_type 'longrope', takes one of default, linear"),
+        ((8, 8, 1e4, {"type": "linear", "factor": 4.0}), "scaling: got rope_type None"),
+        ((8, 8, 1e4, {"rope_type": "linear"}), "scaling: factor: got None, takes a number above 0"),
+        ((7, 8), "head_dim: got 7, takes an even number"),
+        ((8, 8, float("nan")), "theta: got nan"),
+        ((8, 8, -5.0), "theta: got -5.0, takes a finite number above 0"),
+    ],
+)  # fmt: skip
+def test_bad_tables_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rotary_tables(*arguments)
