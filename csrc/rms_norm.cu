@@ -138,7 +138,8 @@ cudaError_t launch(const RmsNormBwd& a, cudaStream_t stream) {
   const size_t shared = a.dweight ? a.hidden * sizeof(float) : 0;
   cudaError_t error = cudaSuccess;
   if (shared > 48 * 1024)  // always to the same limit: another thread's launch may come in between
-    error = cudaFuncSetAttribute(bwd_kernel<T, W, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+    error =
+        cudaFuncSetAttribute(bwd_kernel<T, W, N>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
   if (error != cudaSuccess) return error;
   bwd_kernel<T, W, N><<<static_cast<unsigned>(a.blocks), threads_for(a.hidden, N), shared, stream>>>(a);
   if ((error = cudaGetLastError()) != cudaSuccess || !a.dweight) return error;

@@ -133,7 +133,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from openllama.files import read_json
     from openllama.hf import import_hf
+    from openllama.hf_config import FOLDED
     from openllama.model import parameter_count
     from openllama.pretrained import TOKENIZER, save_model
 
@@ -141,6 +143,8 @@ def _import(args: argparse.Namespace) -> None:
     tokenizer = Path(args.folder) / TOKENIZER
     save_model(model, args.out, tokenizer if tokenizer.is_file() else None)
     print(f"{args.folder} -> {args.out}: {parameter_count(model.config):,} parameters")
+    if read_json(Path(args.folder) / "config.json").get(FOLDED):
+        print("its stable embedding stays folded into the embedding table: the export can't be undone")
     if not tokenizer.is_file():
         print(f"without a tokenizer: {args.folder} holds no tokenizer.model (only SentencePiece is read)")
 

@@ -10,6 +10,7 @@ from openllama import __version__
 from openllama.config import ModelConfig, from_dict
 from openllama.kernels.rotary import ROPE_KEYS, check_rope_scaling
 
+FOLDED = "stable_embedding_folded"  # in config.json: embed_tokens holds an embedding's norm too, for good
 MARK = "openllama_version"  # in config.json: this folder is an export of ours, which a newer one may replace
 
 # HuggingFace's names and ours, of what every model must say.
@@ -55,6 +56,7 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),
         MARK: __version__,
+        **({FOLDED: True} if c.stable_embedding else {}),
     }
 
 

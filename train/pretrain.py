@@ -19,8 +19,10 @@ def main() -> int:
     args = parser.parse_args()
     from openllama.config import load
     from openllama.training.config import TrainConfig
+    from openllama.training.faults import stop_with_launcher
     from openllama.training.loop import Trainer
 
+    stop_with_launcher()
     return Trainer(load(TrainConfig, args.config, args.overrides)).run()
 
 

@@ -40,6 +40,7 @@ from openllama.training.step import batch_loss, held_out_loss
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self", "import os\n")
 TIMED_STEPS = 12
+BITS_PER_BYTE = 2.1  # held out, that the shipped configs reach at least
 
 
 class Quickstart:
@@ -111,12 +112,14 @@ class Quickstart:
             print(f"going on from step {done} of an earlier run")
             self._train()
         else:
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)  # of a run whose checkpoints are gone
             self._train(stop_at=self.settings.steps // 2)
             print("stopped by SIGTERM with exit code 143, as asked; now the same command again")
             self._train()
         records = read_metrics(self.out / "metrics.jsonl")
         speeds = sorted(r["tokens_per_second_per_gpu"] for r in records if "loss" in r)
         self.summary["training"] = {
+            "reused": done >= self.settings.steps,
             "steps": self.settings.steps,
             "tokens": max(r.get("tokens", 0) for r in records),
             "final_loss": next(r["loss"] for r in reversed(records) if "loss" in r),
@@ -165,6 +168,11 @@ class Quickstart:
         print(f"bigram {self.bigram:.4f} nats/token, {theirs:.3f} bits/byte (counts of all training tokens)")
         self._expect(
             ours < theirs, f"held out, {ours:.3f} bits/byte are not below the bigram model's {theirs:.3f}"
+        )
+        shipped = self.config_path.parent == ROOT / "train" / "configs"
+        self._expect(
+            not shipped or ours <= BITS_PER_BYTE,
+            f"held out, {ours:.3f} bits/byte, takes at most {BITS_PER_BYTE}",
         )
         self.summary["held_out"] = {
             "loss": self.valid_loss, "bits_per_byte": ours, "bigram_bits_per_byte": theirs,

@@ -75,8 +75,13 @@ class TrainConfig:
         self.model_config()
 
     def model_config(self) -> ModelConfig:
-        """The preset with `model`'s fields changed."""
-        shape = from_dict(ModelConfig, {**dataclasses.asdict(preset(self.preset)), **self.model}, "model")
+        """The preset with `model`'s fields changed; sizes that follow from others follow the changed ones."""
+        base = dataclasses.asdict(preset(self.preset))
+        if base["head_dim"] * base["heads"] == base["hidden"]:
+            base["head_dim"] = 0
+        if base["kv_heads"] == base["heads"]:
+            base["kv_heads"] = 0
+        shape = from_dict(ModelConfig, {**base, **self.model}, "model")
         if self.context > shape.max_positions:
             raise ValueError(
                 f"context: got {self.context}, takes at most the model's max_positions={shape.max_positions}"

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def stop_with_launcher() -> None:
+    """`accelerate launch` may end on SIGTERM without a word to its child: then Linux sends it on, at its death."""
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if parent.exists() and b"accelerate" in parent.read_bytes():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopSignal:

@@ -29,7 +29,7 @@ from openllama.tokenizer import Tokenizer
 from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.faults import StopSignal
-from openllama.training.monitor import Monitor
+from openllama.training.monitor import Monitor, read_metrics
 from openllama.training.ranks import Ranks
 from openllama.training.step import (
     accumulate_in_fp32,
@@ -113,10 +113,10 @@ class Trainer:
         self.monitor = Monitor(self.out / "metrics.jsonl", self.step, c.steps, quiet=not self.ranks.is_main)
         try:
             self._announce()
-            if self.step >= c.steps:
+            if self.step < c.steps:
+                self._try_validation()
+            else:
                 self.monitor.say(f"already at step {self.step} of {c.steps}: nothing left to train")
-                return 0
-            self._try_validation()
             with StopSignal() as stop:  # not earlier: before the first step there is nothing to save
                 return self._train(stop)
         finally:
@@ -125,8 +125,9 @@ class Trainer:
 
     def _train(self, stop: StopSignal) -> int:
         c = self.config
+        stopped = self._validation_was_cut_short() and not self._log_validation(stop)
         self._mark()
-        while self.step < c.steps:
+        while self.step < c.steps and not stopped:
             stopped, statistics = self.train_step(stopping=bool(stop.received))
             if self.step % c.log_every == 0 or self.step == c.steps:
                 self._log(statistics)
@@ -134,13 +135,15 @@ class Trainer:
             if stopped or self.step % c.save_every == 0 or self.step == c.steps:
                 self._save()
                 self._mark()
-            if stopped:
-                self.monitor.say(f"stopped by a signal; saved at step {self.step}; the same command goes on")
-                return stop.exit_code
-            if self.valid_loader and (self.step % c.valid_every == 0 or self.step == c.steps):
-                self._log_validation()
+            if not stopped and self._validation_is_due():
+                stopped = not self._log_validation(stop)
+                if stopped:
+                    self._save()
                 self._mark()
-        return 0
+        if not stopped:
+            return 0
+        self.monitor.say(f"stopped by a signal; saved at step {self.step}; the same command goes on")
+        return stop.exit_code
 
     def train_step(self, stopping: bool = False) -> tuple[bool, dict[str, Any]]:
         """The next optimizer step: whether any process is `stopping`, and the step's statistics.
@@ -173,13 +176,16 @@ class Trainer:
     # ------------------------------------------------------------ validation, logs, checkpoints
 
     @torch.no_grad()
-    def validate(self, limit: int = 0) -> dict[str, float]:
+    def validate(self, limit: int = 0, stop: StopSignal | None = None) -> dict[str, float]:
         """Held-out loss in nats per token and bits per byte, over `limit` batches a process (0: all).
 
-        Always the same batches. With a limit, bits per byte take the whole set's tokens per byte.
+        Always the same batches, but none after a signal. With a limit, bits per byte take the whole set's tokens per
+        byte.
         """
         assert self.valid_loader is not None and self.valid_cache is not None
         batches = itertools.islice(self.valid_loader.one_epoch(), limit or None)
+        if stop is not None:
+            batches = itertools.takewhile(lambda _: not stop.received, batches)
         loss = held_out_loss(lambda b: batch_loss(self.model, b, self.device), batches, self.ranks)
         tokens_per_byte = self.valid_loader.targets_per_epoch / self.valid_cache.text_bytes
         return {"valid_loss": loss, "valid_bits_per_byte": loss * tokens_per_byte / math.log(2)}
@@ -189,11 +195,29 @@ class Trainer:
         if self.valid_loader:
             self.validate(limit=1)
 
-    def _log_validation(self) -> None:
-        result = self.validate(self.config.valid_batches)
+    def _validation_is_due(self) -> bool:
+        return bool(self.valid_loader) and (
+            self.step % self.config.valid_every == 0 or self.step == self.config.steps
+        )
+
+    def _validation_was_cut_short(self) -> bool:
+        """Whether the run that saved this step left before it had validated it; rank 0 holds the records."""
+        if not self.step or not self._validation_is_due():
+            return False
+        records = read_metrics(self.monitor.path) if self.ranks.is_main else []
+        (found,) = self.ranks.sum(sum(r["step"] == self.step and "valid_loss" in r for r in records))
+        return not found
+
+    def _log_validation(self, stop: StopSignal) -> bool:
+        """False when a signal cut it short, on any process: then there is no result."""
+        result = self.validate(self.config.valid_batches, stop)
+        (stops,) = self.ranks.sum(bool(stop.received))
+        if stops:
+            return False
         self.monitor.valid({"step": self.step, **result})
         if self.config.trackers:
             self.accelerator.log(result, step=self.step)
+        return True
 
     def _log(self, statistics: dict[str, Any]) -> None:
         self._require_finite()

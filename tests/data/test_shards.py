@@ -137,6 +137,17 @@ def all_texts(out, split):
     return [d["text"] for d in read_shards(out / split)]
 
 
+def test_a_split_that_gets_no_document_is_named(tmp_path):
+    """One text file is one document."""
+    (tmp_path / "book.txt").write_text("once upon a time\n" * 100)
+    with pytest.raises(
+        ValueError, match=r"out/valid: none of the source's 1 documents fell into it at valid_share=0.02"
+    ):
+        quiet(tmp_path / "book.txt", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+    assert quiet(tmp_path / "book.txt", tmp_path / "out", valid_share=0)["documents"] == 1
+
+
 def test_prepare_splits_by_the_text_alone(source, tmp_path):
     made = quiet(source, tmp_path / "out", valid_share=0.1)
     train, valid = all_texts(tmp_path / "out", "train"), all_texts(tmp_path / "out", "valid")

@@ -83,6 +83,14 @@ def test_the_command_names_missing_packages_too(package, tmp_path, monkeypatch, 
         assert capsys.readouterr().err.startswith("error: huggingface_hub is not installed")
 
 
+def test_import_says_that_a_fold_stays(tmp_path, capsys):
+    for stable in (True, False):
+        folder = tmp_path / str(stable)
+        export_hf(make(stable_embedding=stable), folder / "hf")
+        assert cli.main(["import", str(folder / "hf"), str(folder / "ours")]) == 0
+        assert ("stable embedding stays folded" in capsys.readouterr().out) == stable
+
+
 def test_every_package_of_the_extra_is_known():
     """By the name that `import` takes."""
     line = next(x for x in (ROOT / "pyproject.toml").read_text().splitlines() if x.startswith("train = ["))

@@ -3,6 +3,7 @@
 import copy
 import errno
 import math
+import signal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.loop import Trainer
 from openllama.training.monitor import read_metrics
-from openllama.training.step import train_step
+from openllama.training.step import batch_loss, train_step
 
 from .conftest import SHAPE, texts
 
@@ -110,6 +111,43 @@ def test_bad_settings_name_themselves(settings, changes, names):
     with pytest.raises(ValueError) as error:
         settings(**changes)
     assert all(name in str(error.value) for name in names)
+
+
+@pytest.mark.parametrize(
+    "preset, changes, heads, kv_heads, head_dim",
+    [
+        ("7b", {"heads": 64}, 64, 64, 64),
+        ("125m", {"heads": 6}, 6, 6, 128),
+        ("llama3-8b", {"heads": 16}, 16, 8, 256),  # its 8 key heads are its own
+        ("7b", {"hidden": 2048, "head_dim": 128}, 32, 32, 128),
+        ("7b", {}, 32, 32, 128),
+    ],
+)
+def test_sizes_that_follow_from_others_follow_the_changed_ones(
+    settings, preset, changes, heads, kv_heads, head_dim
+):
+    shape = settings(preset=preset, model=changes).model_config()
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == (heads, kv_heads, head_dim)
+
+
+def test_a_signal_cuts_validation_short_and_the_resumed_run_makes_up_for_it(settings, tmp_path, monkeypatch):
+    config = settings(steps=3, save_every=100)
+    trainer, calls = Trainer(config), []
+
+    def loss(*arguments):
+        calls.append(1)
+        if len(calls) == 2:  # one batch is tried before the first step
+            signal.raise_signal(signal.SIGTERM)
+        return batch_loss(*arguments)
+
+    monkeypatch.setattr("openllama.training.loop.batch_loss", loss)
+    assert trainer.run() == 143 and len(calls) == 2 < trainer.valid_loader.packs / 2
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [3]
+    path = tmp_path / "run" / "metrics.jsonl"
+    assert not any("valid_loss" in r for r in read_metrics(path))
+    for _ in range(2):
+        assert Trainer(config).run() == 0
+        assert [r["step"] for r in read_metrics(path) if "valid_loss" in r] == [3]
 
 
 def test_a_vocabulary_that_does_not_fit_the_model(settings):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,18 @@ from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.monitor import read_metrics
 
+from .test_resume import wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(config: TrainConfig, processes: int) -> subprocess.Popen:
+    return launch(config, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+
+
+def launch(config: TrainConfig, *launcher: str) -> subprocess.Popen:
     path = Path(config.out).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(vars(config)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, str(ROOT / "train" / "pretrain.py"), "--config", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -59,12 +63,20 @@ def test_two_processes_equal_one_with_twice_the_batch_and_one_goes_on(settings, 
     assert states[0]["tokens"] == states[1]["tokens"] and states[0]["loader"] == states[1]["loader"]
 
 
+def test_sigterm_to_accelerate_launch_saves_and_leaves_no_process(settings, tmp_path):
+    """The launcher ends at once, without a word to its child, which still saves."""
+    config = settings(steps=5000, save_every=100_000, valid_shards=None)
+    process = launch(config, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    wait_for(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 3, process)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)  # the child holds the pipe: its end is the output's
+    assert "stopped by a signal; saved at step" in out
+    assert len(checkpoint.steps(tmp_path / "run" / "checkpoints")) == 1
+
+
 def test_sigterm_to_one_process_stops_and_saves_all(settings, tmp_path):
     process = start(settings(steps=5000, save_every=100_000, valid_shards=None), 2)
-    until = time.monotonic() + 60
-    while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 3:
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
+    wait_for(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 3, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [c for c in children if "pretrain.py" in Path(f"/proc/{c}/cmdline").read_text()]
     assert len(workers) == 2
