@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.peers.hf import HuggingFace
-from openllama import devices, hf
+from openllama import cli, devices, hf
 from openllama.data.loader import Batch
 from openllama.model import Llama, flops_per_token
 from openllama.optim import AdamW, decay_groups
@@ -150,6 +150,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps that are timed")
     parser.add_argument("--peers", nargs="*", default=["hf"], choices=["hf"])
     args = parser.parse_args()
+    for name in ("batch", "seq", "accumulation", "steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}: got {getattr(args, name)}, takes a whole number of at least 1")
+    if args.seq > (longest := preset(args.preset).max_positions):
+        raise ValueError(
+            f"--seq: got {args.seq}, takes at most {longest}, the max_positions of {args.preset}"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Llama(preset(args.preset)).initialise().to(device, dtype)
@@ -171,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

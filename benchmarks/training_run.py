@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from openllama import cli
 from openllama.config import load
 from openllama.training.config import TrainConfig
 from openllama.training.loop import Trainer
@@ -69,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -108,7 +108,7 @@ def load(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -
     """Reads `cls` from a YAML file, then applies `key=value` overrides (values are YAML too; `a.b=c` reaches into a)."""
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not valid YAML: {e}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got a {type(values).__name__}, takes a mapping of keys to values")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
-# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's datasheets (the figures without sparsity). The first name that
-# the device's name contains decides, so narrower names stand first.
+# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's datasheets (the figures without sparsity). The first entry
+# whose words are all in the device's name decides, so narrower ones stand first.
 _PEAK_BF16 = {
     "B200": 2250e12,
     "H200 NVL": 835e12,
@@ -20,6 +22,8 @@ _PEAK_BF16 = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+# Words that make another card, or a slice of one.
+_VARIANTS = {"Ti", "D", "SUPER", "Laptop", "Max", "MIG"}
 
 
 def name(device: torch.device) -> str:
@@ -33,8 +37,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The card's dense peak in FLOP/s at `dtype`; None where it isn't known, so that no other card's is used."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    card = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_BF16.items() if key in card), None)
+    words = set(re.split(r"[\s-]+", torch.cuda.get_device_name(device)))
+    if words & _VARIANTS:
+        return None
+    return next((peak for card, peak in _PEAK_BF16.items() if words.issuperset(card.split())), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:

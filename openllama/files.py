@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,8 +113,9 @@ def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
         file.write((json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: str | Path, version: int | None = None) -> dict[str, Any]:
-    """The object in a JSON file, of this `version` where one is given. Raises ValueError naming the file."""
+def read_json(path: str | Path, version: int | None = None, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """The object in a JSON file, of this `version` where one is given, with these `keys`. Raises ValueError naming
+    the file."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e:  # of json, of UTF-8, or a number of 5,000 digits
@@ -126,6 +127,8 @@ def read_json(path: str | Path, version: int | None = None) -> dict[str, Any]:
             f"{path}: got version {value.get('version')!r}, takes {version}: made by another release; use "
             "that one, or make the folder again"
         )
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"{path}: no key {missing[0]!r}; damaged: copy or make its folder again")
     return value
 
 

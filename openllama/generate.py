@@ -51,7 +51,7 @@ def sample(
         ValueError, TypeError: naming the argument.
     """
     limit = model.config.vocab_size if vocab_size is None else vocab_size
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, limit)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, limit)
     contexts = [list(p) for p in prompts]
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     open_prompts = list(range(len(prompts)))
@@ -107,7 +107,7 @@ def _draw(
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, limit) -> None:
+def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, limit) -> None:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts: got {prompts!r}, takes a list of at least one list of ids")
     vocab = model.config.vocab_size
@@ -130,6 +130,8 @@ def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, limit) -> 
         raise ValueError(f"top_k: got {top_k!r}, takes a whole number of at least 0 (0: all tokens)")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p!r}, takes a number above 0 and at most 1 (1: all tokens)")
+    if not _is_whole(seed) or not 0 <= seed < 2**62:
+        raise ValueError(f"seed: got {seed!r}, takes a whole number from 0 to below 2^62")
     if not _is_whole(limit) or not 1 <= limit <= vocab:
         raise ValueError(f"vocab_size: got {limit!r}, takes 1 to the model's {vocab}")
 

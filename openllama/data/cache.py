@@ -35,6 +35,8 @@ BATCH_CHARACTERS, BATCH_TEXTS = 1 << 18, 256
 # Of text, at least: a process takes as long to start as it needs for about this much.
 BYTES_PER_PROCESS = 8 << 20
 
+_KEYS = ("tokens", "documents", "text_bytes", "vocab_size", "pad_id", "fingerprint", "dtype")
+
 Encoded = tuple[np.ndarray, np.ndarray, int]  # ids of all documents, length of each, bytes of their text
 
 
@@ -51,7 +53,7 @@ class TokenCache:
             raise FileNotFoundError(
                 f"{self.path}: no {INDEX}; takes a folder made by openllama.data.cache.tokenize"
             )
-        self.meta = read_json(self.path / INDEX, VERSION)
+        self.meta = read_json(self.path / INDEX, VERSION, _KEYS)
         self.tokens: int = self.meta["tokens"]
         self.text_bytes: int = self.meta["text_bytes"]
         self.vocab_size: int = self.meta["vocab_size"]
@@ -107,6 +109,7 @@ def tokenize(
     """
     if processes is not None and processes < 1:
         raise ValueError(f"processes: got {processes}, takes a whole number of at least 1, or None to choose")
+    manifest = shards.read_manifest(shards_dir)
     out, made_from = Path(out_dir), _made_from(shards_dir, tokenizer)
     if (out / INDEX).exists():
         if not (stale := _differences(read_json(out / INDEX, VERSION), made_from)):
@@ -114,7 +117,6 @@ def tokenize(
         if not rebuild:
             raise ValueError(f"{out}: made from {stale}; remove {out}, or choose another `out`")
         (out / INDEX).unlink()  # first, so that a kill from here on leaves no cache rather than a wrong one
-    manifest = shards.read_manifest(shards_dir)
     processes = processes or min(cores(), 1 + manifest["text_bytes"] // BYTES_PER_PROCESS)
     out.mkdir(parents=True, exist_ok=True)
     texts = (document["text"] for document in shards.read_shards(shards_dir))

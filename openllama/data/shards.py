@@ -126,7 +126,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder}: no {MANIFEST}; takes a folder that train/prepare_data.py finished"
         )
-    manifest = read_json(folder / MANIFEST, VERSION)
+    manifest = read_json(folder / MANIFEST, VERSION, ("lines", "text_bytes", "shards", "damage", "settings"))
     for shard in manifest["shards"]:
         path = folder / shard["name"]
         if not path.exists():

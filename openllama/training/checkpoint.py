@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from openllama.config import ModelConfig
 from openllama.files import folder_written_aside, read_json, write_json
@@ -80,7 +80,7 @@ def read_state(place: Path) -> dict[str, Any]:
     path = place / STATE
     if not path.exists():
         raise ValueError(f"{place}: no {STATE}, so not a checkpoint of a run; takes a step-* folder")
-    return read_json(path, VERSION)
+    return read_json(path, VERSION, ("step", "tokens", "loader", "tokenizer", "settings"))
 
 
 def load(place: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
@@ -91,7 +91,12 @@ def load(place: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int 
     """
     _check_shape(place / CONFIG, model.config)
     own = weights(model)
-    with open_weights(place / WEIGHTS) as reader, open_weights(place / OPTIMIZER) as moments:
+    with (
+        open_weights(place / WEIGHTS) as reader,
+        open_weights(place / OPTIMIZER) as moments,
+        open_weights(place / RANDOM) as random,  # all are opened before anything is changed
+    ):
+        saved = {key: random.get_tensor(key) for key in random.keys()}  # noqa: SIM118
         got = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         check_weights(place / WEIGHTS, got, {name: tuple(t.shape) for name, t in own.items()})
         _check_optimizer(place / OPTIMIZER, moments, model)
@@ -102,10 +107,12 @@ def load(place: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int 
             p,
         ) in model.named_parameters():  # one tensor at a time: all of them may not fit into host memory
             optimizer.state[p] = {
-                entry: moments.get_tensor(f"{name}/{entry}").to("cpu" if entry == "step" else p.device)
+                # a copy: on the CPU it would be a view of the file, whose room a removed checkpoint then keeps
+                entry: moments.get_tensor(f"{name}/{entry}").to(
+                    "cpu" if entry == "step" else p.device, copy=True
+                )
                 for entry in _entries(p)
             }
-    saved = load_file(place / RANDOM)
     if f"{rank}/cpu" in saved:  # a run that goes on with more processes starts the new ones' states afresh
         torch.set_rng_state(saved[f"{rank}/cpu"])
     if f"{rank}/cuda" in saved and torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -28,7 +29,8 @@ class Monitor:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         _keep_steps_until(path, start)
-        self._file = path.open("a", buffering=1)
+        # no buffer, which would be written once more when it is closed after an error
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
         self._progress = Progress(*columns, console=self._console, disable=not sys.stdout.isatty())
@@ -43,7 +45,7 @@ class Monitor:
         """One step line; `record` goes to metrics.jsonl as it is."""
         if self.quiet:
             return
-        self._file.write(json.dumps(record) + "\n")
+        self._append(record)
         self._progress.update(self._task, completed=record["step"])
         done = record["step"] - self._first
         left = (time.monotonic() - self._began) / max(1, done) * (self.total - record["step"])
@@ -56,16 +58,22 @@ class Monitor:
     def valid(self, record: dict[str, Any]) -> None:
         if self.quiet:
             return
-        self._file.write(json.dumps(record) + "\n")
+        self._append(record)
         self.say(
             f"step {record['step']:>6}  held-out loss {record['valid_loss']:.4f} nats/token, "
             f"{record['valid_bits_per_byte']:.3f} bits/byte"
         )
 
+    def _append(self, record: dict[str, Any]) -> None:
+        try:
+            os.write(self._file, (json.dumps(record) + "\n").encode())
+        except OSError as e:
+            raise OSError(e.errno, f"{self.path}: {e.strerror}; free space, run again") from None
+
     def close(self) -> None:
         if not self.quiet:
             self._progress.stop()
-            self._file.close()
+            os.close(self._file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -156,6 +156,7 @@ def test_damaged_caches_are_named(build, tmp_path):
         ("tokens.bin", whole["tokens.bin"][:-2], r"tokens\.bin: cache\.json says \d+ bytes, got \d+"),
         ("offsets.npy", whole["offsets.npy"][:-8], r"offsets\.npy: cannot be read"),
         ("cache.json", b"{", r"cache\.json: not valid JSON"),
+        ("cache.json", b'{"version": 1}', r"cache\.json: no key 'tokens'; damaged"),
         ("cache.json", json.dumps({"version": 7}).encode(), r"cache\.json: got version 7, takes 1"),
     ):
         (folder / name).write_bytes(data)

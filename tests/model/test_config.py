@@ -65,6 +65,12 @@ def test_overrides(read):
     assert read("steps: 3\npath: a", "path=null").path is None
 
 
+def test_a_config_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"c\.yaml: not valid YAML"):
+        load(ModelConfig, tmp_path / "c.yaml")
+
+
 @pytest.mark.parametrize(
     "text, overrides, message",
     [

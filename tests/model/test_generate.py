@@ -120,6 +120,8 @@ def test_training_goes_on_after_sampling(model):
         ({"top_k": -1}, "top_k: got -1"),
         ({"top_p": 0.0}, r"top_p: got 0\.0, takes a number above 0"),
         ({"top_p": 1.5}, r"top_p: got 1\.5"),
+        ({"seed": -1}, r"seed: got -1, takes a whole number from 0"),
+        ({"seed": 10**20}, r"seed: got 100000000000000000000"),
         ({"vocab_size": 102}, "vocab_size: got 102, takes 1 to the model's 101"),
     ],
 )

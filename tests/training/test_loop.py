@@ -4,6 +4,7 @@ import copy
 import errno
 import math
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,6 +170,42 @@ def test_a_checkpoint_of_another_dtype_is_refused_and_changes_nothing(settings):
     with pytest.raises(ValueError, match="master"):
         checkpoint.load(place, model, AdamW(model.parameters()))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
+)
+def test_a_damaged_file_of_a_checkpoint_is_named(settings, name):
+    assert Trainer(settings(steps=2)).run() == 0
+    path = checkpoint.step_folder(settings_folder(settings) / "checkpoints", 2) / name
+    path.write_bytes(path.read_bytes()[:100] if name != "state.json" else b'{"version": 1}')
+    with pytest.raises(ValueError, match=rf"{name}: (not a whole safetensors file|no key 'step')"):
+        Trainer(settings(steps=4))
+
+
+def test_a_resumed_run_holds_no_file_of_its_checkpoint(settings):
+    """On the CPU a tensor of safetensors is a view of the file, which would keep its room on the disk."""
+    assert Trainer(settings(steps=2)).run() == 0
+    trainer = Trainer(settings(steps=4))
+    assert trainer.step == 2 and "optimizer.safetensors" not in Path("/proc/self/maps").read_text()
+
+
+def test_missing_shards_are_named(settings, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"nope: no manifest\.json; takes a folder that train/prepare_data"
+    ):
+        Trainer(settings(shards=str(tmp_path / "nope")))
+
+
+def test_a_disk_that_fills_while_metrics_are_written_is_named(settings, monkeypatch):
+    trainer = Trainer(settings())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("openllama.training.monitor.os.write", full)
+    with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; free space, run again"):
+        trainer.run()
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(settings, tmp_path):
