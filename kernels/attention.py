@@ -47,7 +47,7 @@ def attention(
     Args:
         q: dense (batch, seq, heads, head_dim), or packed (tokens, heads, head_dim) with cu_seqlens.
         k, v: like q, with kv_heads heads, a divisor of heads. Slices of one packed QKV are read as they are (on a GPU,
-            those that do not lie on 16 bytes are copied).
+            those that do not lie on 16 bytes are copied; a compiled graph takes its inputs' bases to lie so).
         cu_seqlens: (documents + 1) int32, from 0 to tokens, not falling: where each document starts. Empty documents
             are allowed. A token sees only its own document.
         max_seqlen: the longest document, needed with cu_seqlens.

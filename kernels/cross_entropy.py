@@ -38,7 +38,8 @@ def cross_entropy(
         reduction: `none`: a loss for each row; `sum`; `mean`: the sum over the number of rows that count (0 where
             none does, as an empty batch has no error to learn from; PyTorch gives NaN).
         inplace_backward: backward may write the gradient over the logits, for logits that nothing else reads: no second
-            tensor of their size. The reference and compiled graphs leave them alone, as are rows that overlap.
+            tensor of their size. Not done to a
+            leaf or a view of one, to rows that overlap, by the reference and in compiled graphs.
         backend: `cpu`, `reference`; None chooses.
 
     Returns:
@@ -50,11 +51,12 @@ def cross_entropy(
         TypeError, ValueError: a wrong dtype, shape, device or reduction. RuntimeError, naming the row: a label beyond
         the vocabulary (on the CPU; a GPU stops with a device assert).
     """
-    _check(logits, labels, reduction)
+    _check(logits, labels, ignore_index, reduction)
     if backends.choose("cross_entropy", logits, backend) == "reference":
+        _check_labels(labels, logits.shape[-1], ignore_index)
         losses = cross_entropy_reference(logits, labels, ignore_index)
     else:
-        inplace = inplace_backward and not torch.compiler.is_compiling()
+        inplace = inplace_backward and not torch.compiler.is_compiling() and not _is_parameter(logits)
         losses = _CrossEntropy.apply(logits, labels, ignore_index, inplace)
     if reduction == "none":
         return losses
@@ -63,7 +65,12 @@ def cross_entropy(
     return losses.sum() / (labels != ignore_index).sum().clamp(min=1)
 
 
-def _check(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> None:
+def _is_parameter(t: torch.Tensor) -> bool:
+    """Whether `t` is a leaf or a view of one, whose values a gradient must not replace."""
+    return (t if t._base is None else t._base).is_leaf
+
+
+def _check(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> None:
     checks.is_float("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
@@ -72,6 +79,8 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> None:
     checks.is_integer("labels", labels)
     checks.has_shape("labels", labels, logits.shape[:-1], "logits' shape without the vocabulary")
     checks.same_device("labels", labels, logits.device, "logits")
+    if not isinstance(ignore_index, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index: got {ignore_index!r}, takes a whole number")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, takes one of {', '.join(REDUCTIONS)}")
 
@@ -119,6 +128,19 @@ def _(dloss, logits: torch.Tensor, labels, lse, ignore_index: int) -> torch.Tens
 @library.fake("cross_entropy_bwd_")
 def _(dloss, logits: torch.Tensor, labels, lse, ignore_index: int) -> None:
     return None
+
+
+def _check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
+    """On the CPU only, as the values of a GPU tensor would have to be waited for; the kernel checks by itself."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    flat = labels.reshape(-1)
+    outside = ((flat < 0) | (flat >= vocab)) & (flat != ignore_index)
+    if outside.any():
+        i = int(outside.nonzero()[0])
+        raise RuntimeError(
+            f"cross_entropy: labels[{i}] is {flat[i]}, takes an id below the vocabulary's {vocab} or ignore_index"
+        )
 
 
 def cross_entropy_reference(

@@ -41,7 +41,7 @@ def rotary(
 
     Args:
         x: (tokens, heads, head_dim), fp32, bf16, fp16 or fp64; a slice of a wider row is read without a copy.
-        cos, sin: (positions, head_dim / 2), fp32, from `rotary_tables`.
+        cos, sin: (positions, head_dim / 2), fp32, from `rotary_tables`. They get no gradient.
         positions: (tokens), int32 or int64, each below the tables' rows.
         rotated: how many heads turn, the first ones; None: all. The others are passed through.
         inplace: write into x (its values before are lost, so do this to a fresh projection only). No leaf that requires
@@ -58,6 +58,7 @@ def rotary(
         (checked where the tensors are on the CPU).
     """
     rotated = _check(x, cos, sin, positions, rotated)
+    cos, sin = cos.detach(), sin.detach()  # constants, on every backend
     dense = _is_dense(x)
     if backends.choose("rotary", x, backend) == "reference":
         _check_positions(positions, cos)
@@ -65,8 +66,12 @@ def rotary(
         return x.copy_(out) if inplace else out
     if inplace:
         _check_inplace(x, dense)
-    x = x if dense else x.clone(memory_format=torch.contiguous_format)
-    return _Rotary.apply(x, cos, sin, _as_int32(positions), rotated, inplace)
+    compiling = (
+        torch.compiler.is_compiling()
+    )  # Dynamo can't trace a view that a Function writes to: the graph copies
+    dense_x = x if dense else x.clone(memory_format=torch.contiguous_format)
+    out = _Rotary.apply(dense_x, cos, sin, _as_int32(positions), rotated, inplace and not compiling)
+    return x.copy_(out) if inplace and compiling else out
 
 
 def rotary_tables(
@@ -84,6 +89,8 @@ def rotary_tables(
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim: got {head_dim}, takes an even number of at least 2")
+    if max_positions < 0:
+        raise ValueError(f"max_positions: got {max_positions}, takes a whole number of at least 0")
     checks.in_range("theta", theta, 1e-37, 3e38, "a finite number above 0")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
     frequencies = _scale(1.0 / theta**exponent, scaling)
@@ -140,7 +147,7 @@ def _check(x, cos, sin, positions, rotated: int | None) -> int:
     checks.has_shape("positions", positions, (x.shape[0],), "tokens")
     checks.same_device("positions", positions, x.device, "x")
     rotated = x.shape[1] if rotated is None else rotated
-    if not 0 <= rotated <= x.shape[1]:
+    if not isinstance(rotated, (int, torch.SymInt)) or not 0 <= rotated <= x.shape[1]:
         raise ValueError(f"rotated: got {rotated}, takes 0 to x's {x.shape[1]} heads")
     return rotated
 

@@ -46,8 +46,8 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:  # all before the first is stepped
             self._check(group)
-        for group in self.param_groups:
-            for (step, dtype, _), params in self._buckets(group).items():
+        for group, buckets in [(group, self._buckets(group)) for group in self.param_groups]:
+            for (step, dtype, _), params in buckets.items():
                 states = [self.state[p] for p in params]
                 adamw(
                     params,
@@ -81,6 +81,10 @@ class AdamW(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
+            if p.dtype not in (torch.float32, torch.float64, *HALVES):
+                raise TypeError(
+                    f"params: got a {p.dtype} parameter, takes float32, bfloat16, float16 or float64"
+                )
             if p.grad.is_sparse:
                 raise TypeError("grad: got a sparse gradient, takes a dense one (nn.Embedding(sparse=False))")
             state = self.state[p]
@@ -98,13 +102,18 @@ class AdamW(torch.optim.Optimizer):
             state["master"] = p.detach().to(torch.float32).contiguous()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict. torch casts state to the parameter's dtype on the way; ours stays fp32, bit for bit."""
+        """Loads a state dict. torch casts state to the parameter's dtype on the way; ours stays fp32, bit for bit.
+
+        State without masters, as torch's AdamW has, starts them from the parameters.
+        """
         super().load_state_dict(state_dict)
         groups = zip(self.param_groups, state_dict["param_groups"])
         for p, key in ((p, k) for g, saved in groups for p, k in zip(g["params"], saved["params"])):
             for name, value in state_dict["state"].get(key, {}).items():
                 device, dtype = ("cpu", torch.float32) if name == "step" else (p.device, _wide(p))
                 self.state[p][name] = value.detach().to(device, dtype, copy=True)
+            if p.dtype in HALVES and self.state.get(p):
+                self.state[p].setdefault("master", p.detach().to(torch.float32).contiguous())
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from benchmarks import results
+from openllama.kernels import backend
 
 ROUNDS, SECONDS = 15, 0.3  # of each implementation: at most so many runs, and about so long
 ROWS: list[dict] = []
@@ -71,6 +72,8 @@ def versus(benchmark):
                 step()
                 synchronize()
                 times[name].append(time.perf_counter() - start)
+        op = next(op for op in backend.TABLE if bench.startswith(op))
+        chosen = backend.explain(op, torch.device(DEVICE), getattr(torch, shape["dtype"])).backend
         benchmark.pedantic(next(iter(steps.values())), rounds=3, iterations=1)
         for name, seconds in times.items():
             median = statistics.median(seconds)
@@ -78,7 +81,7 @@ def versus(benchmark):
                 {
                     "bench": bench,
                     "shape": shape,
-                    "impl": name,
+                    "impl": f"ours:{chosen}" if name == "ours" else name,
                     "ms": round(median * 1e3, 4),
                     "rate": round(moved / median / 1e9, 2),
                     "unit": "GB/s",

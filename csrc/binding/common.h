@@ -65,7 +65,8 @@ inline void check_device(const Tensor& t, const char* name, const Tensor& x) {
 // `x` is the op's main tensor, whose device all others share; it is its own partner.
 
 inline void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns, const Tensor& x) {
-  require(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (t.stride(1) == 1 || columns <= 1),
+  require(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
+              (t.stride(1) == 1 || columns <= 1 || rows == 0),
           "openllama: ", name, " must be (", rows, ", ", columns, ") with contiguous rows");
   require(t.scalar_type() == x.scalar_type(), "openllama: ", name, " must have its partner's dtype");
   check_device(t, name, x);

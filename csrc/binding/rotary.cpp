@@ -6,7 +6,7 @@ namespace {
 
 Rotary arguments(const Tensor& x, const Tensor& out, const Tensor& cos, const Tensor& sin,
                  const Tensor& positions, int64_t rotated, bool inverse) {
-  require(x.dim() == 3 && x.stride(2) == 1 && x.stride(1) == x.size(2),
+  require(x.dim() == 3 && ((x.stride(2) == 1 && x.stride(1) == x.size(2)) || x.size(0) == 0),
           "openllama: x must be (tokens, heads, head_dim) with contiguous tokens");
   const int64_t tokens = x.size(0), heads = x.size(1), head_dim = x.size(2), table_rows = cos.size(0);
   require(head_dim % 2 == 0 && rotated >= 0 && rotated <= heads,

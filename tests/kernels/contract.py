@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .rule import LAYOUTS, all_near, assert_error_rule, gradients_like, laid_out, run
+from .rule import LAYOUTS, all_near, assert_error_rule, gradients_like, laid_far, laid_out, run
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -142,6 +142,18 @@ class Contract:
             for kind, o, t in zip(("outputs", "gradients"), ours, theirs):
                 all_near(o, t, self.fuzz_ulps, f"{case}, dout {layout}: {kind}", self.terms)
 
+    def test_rows_beyond_2_to_the_31_elements(self, tmp_path):
+        """On the CPU, in files with holes: inputs and output gradients whose rows lie 2^31 elements apart."""
+        tensors, constants = self.make(3, self.sizes[0], BF16, "cpu")
+        far = [laid_far(t, tmp_path / f"{i}") if t.dim() > 1 else t for i, t in enumerate(tensors)]
+        dense = run(self.op, tensors, constants)
+        douts = [
+            laid_far(d, tmp_path / f"dout{i}") if d.dim() > 1 else d
+            for i, d in enumerate(gradients_like(dense[0]))
+        ]
+        for ours, theirs in zip(run(self.op, far, constants, douts=douts), dense):
+            all_near(ours, theirs, 0)
+
     # ---------------------------------------------------------------- torch.compile and the dispatcher
 
     def test_compiled_equals_eager(self, device, compiler):
@@ -156,7 +168,7 @@ class Contract:
     def test_compiled_with_shapes_that_change(self, device):
         torch._dynamo.reset()
         compiled = torch.compile(self.op, fullgraph=True, backend="aot_eager", dynamic=True)
-        for rows in (16, 5):
+        for rows in (16, 5, 1, 0):
             tensors, constants = self.make(rows, self.sizes[0], F32, device)
             for ours, theirs in zip(run(compiled, tensors, constants), run(self.op, tensors, constants)):
                 all_near(ours, theirs, self.compiled_ulps, f"{rows} rows")

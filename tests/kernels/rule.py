@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -37,6 +38,14 @@ def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
     buffer = t.new_full(shape, float("nan"))
     piece = buffer[..., ::2] if layout == "every other" else buffer.narrow(dim, 3, t.shape[dim])
     return piece.copy_(t)
+
+
+def laid_far(t: torch.Tensor, path: Path) -> torch.Tensor:
+    """`t` with its rows 2^31 elements and some apart, in a file that holds nothing in between."""
+    stride = 2**31 + 64
+    size = stride * (len(t) - 1) + t[0].numel()
+    buffer = torch.from_file(str(path), shared=True, size=size, dtype=t.dtype)
+    return buffer.as_strided(t.shape, (stride, *t[0].contiguous().stride())).copy_(t)
 
 
 def run(

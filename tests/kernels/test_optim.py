@@ -152,6 +152,28 @@ def test_a_failed_step_changes_nothing():
     assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before[1]))
 
 
+def test_torchs_state_gets_masters():
+    net = model(BF16)
+    theirs = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    train(net, theirs, schedule(theirs), 2)
+    ours = AdamW(net.parameters(), lr=1e-2)
+    ours.load_state_dict(theirs.state_dict())
+    assert all(torch.equal(ours.state[p]["master"], p.detach().float()) for p in net.parameters())
+    train(net, ours, schedule(ours), 1)
+
+
+@pytest.mark.parametrize("bad", ("sparse", "complex"))
+def test_a_bad_parameter_in_a_later_group_changes_nothing(bad):
+    good = nn.Parameter(torch.ones(3))
+    good.grad = torch.ones(3)
+    other = nn.Parameter(torch.ones(3, dtype=torch.complex64 if bad == "complex" else F32))
+    other.grad = torch.ones_like(other).to_sparse() if bad == "sparse" else torch.ones_like(other)
+    optimizer = AdamW([{"params": [good]}, {"params": [other]}])
+    with pytest.raises(TypeError, match=bad):
+        optimizer.step()
+    assert torch.equal(good, torch.ones(3))
+
+
 def test_closure():
     net = model()
     optimizer = AdamW(net.parameters(), lr=1e-2)

@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from openllama.ops import rotary, rotary_tables
 
 from .contract import BF16, F16, F32, F64, Contract
-from .rule import near, random, run
+from .rule import all_near, near, random, run
 
 TABLE_ROWS = 64
 
@@ -152,11 +152,16 @@ def test_in_place_refuses_before_it_writes():
 def test_in_place_compiled(device):
     torch._dynamo.reset()
     x, constants = example(device=device)
-    compiled = torch.compile(
-        lambda x: rotary(x * 2, *constants, inplace=True), fullgraph=True, backend="aot_eager"
-    )
-    ours, theirs = run(compiled, [x]), run(lambda x: rotary(x * 2, *constants), [x])
-    assert torch.equal(ours[0][0], theirs[0][0]) and torch.equal(ours[1][0], theirs[1][0])
+    for fresh in (lambda x: x * 2, lambda x: (x * 2).view(9, 6, 16), lambda x: torch.cat([x, x], 1)[:, :6]):
+        compiled = torch.compile(
+            lambda x, fresh=fresh: rotary(fresh(x), *constants, inplace=True),
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        for needs in ([True], [False]):
+            ours = run(compiled, [x], needs=needs)
+            theirs = run(lambda x, fresh=fresh: rotary(fresh(x), *constants), [x], needs=needs)
+            all_near(ours[0] + ours[1], theirs[0] + theirs[1], 0)
 
 
 @pytest.mark.parametrize("dtype", (F32, F64))  # the kernel, and the reference
@@ -194,6 +199,7 @@ X, (COS, SIN, POSITIONS, _) = example()
         ((X, COS, SIN, POSITIONS[:3]), {}, ValueError, r"positions: got shape \(3,\), takes \(9,\)"),
         ((X, COS, SIN, POSITIONS.float()), {}, TypeError, "positions: got torch.float32"),
         ((X, COS, SIN, POSITIONS, 7), {}, ValueError, "rotated: got 7, takes 0 to x's 6 heads"),
+        ((X, COS, SIN, POSITIONS, 1.0), {}, ValueError, "rotated: got 1.0"),
         ((X, COS, SIN, POSITIONS, -1), {}, ValueError, "rotated: got -1"),
         ((X[..., ::2], COS[:, :4], SIN[:, :4], POSITIONS), {"inplace": True}, ValueError, "x: got strides"),
     ],
