@@ -62,8 +62,7 @@ class AdamW(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"],
                     step=step,
                 )
-                for s in states:  # after the op, which raises before it writes
-                    s["step"] += 1
+                torch._foreach_add_([s["step"] for s in states], 1)  # after the op, which raises before it writes
         return loss
 
     @staticmethod
