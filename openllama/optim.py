@@ -62,7 +62,8 @@ class AdamW(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"],
                     step=step,
                 )
-                torch._foreach_add_([s["step"] for s in states], 1)  # after the op, which raises before it writes
+                # after the op, which raises before it writes
+                torch._foreach_add_([s["step"] for s in states], 1)
         return loss
 
     @staticmethod
