@@ -62,8 +62,8 @@ class AdamW(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"],
                     step=step,
                 )
-                # after the op, which raises before it writes
-                torch._foreach_add_([s["step"] for s in states], 1)
+                for s in states:  # after the op, which raises before it writes
+                    s["step"] += 1
         return loss
 
     @staticmethod

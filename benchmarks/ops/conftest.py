@@ -66,8 +66,12 @@ def versus(benchmark):
     def compare(bench: str, shape: dict, moved: float, steps: dict) -> None:
         rounds = min(rounds_for(step) for step in steps.values())
         times: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(rounds):  # interleaved, so that clocks and neighbours fall on all alike
-            for name, step in steps.items():
+        order = list(steps.items())
+        for _ in range(
+            rounds
+        ):  # interleaved and in turn, so that clocks, neighbours and caches fall on all alike
+            order.append(order.pop(0))
+            for name, step in order:
                 start = time.perf_counter()
                 step()
                 synchronize()
