@@ -62,8 +62,8 @@ class AdamW(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"],
                     step=step,
                 )
-                for s in states:  # after the op, which raises before it writes
-                    s["step"] += 1
+                # after the op, which raises before it writes; one call, as a small model's step is short
+                torch._foreach_add_([s["step"] for s in states], 1)  # type: ignore[attr-defined]
         return loss
 
     @staticmethod
