@@ -127,9 +127,14 @@ def read_json(path: str | Path, version: int | None = None, keys: Iterable[str] 
             f"{path}: got version {value.get('version')!r}, takes {version}: made by another release; use "
             "that one, or make the folder again"
         )
+    check_keys(path, value, keys)
+    return value
+
+
+def check_keys(path: str | Path, value: dict[str, Any], keys: Iterable[str]) -> None:
+    """Raises ValueError naming `path` and the first of `keys` that `value`, an object in it, lacks."""
     if missing := [key for key in keys if key not in value]:
         raise ValueError(f"{path}: no key {missing[0]!r}; damaged: copy or make its folder again")
-    return value
 
 
 def sha256_of(path: str | Path) -> str:

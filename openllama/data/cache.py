@@ -36,6 +36,7 @@ BATCH_CHARACTERS, BATCH_TEXTS = 1 << 18, 256
 BYTES_PER_PROCESS = 8 << 20
 
 _KEYS = ("tokens", "documents", "text_bytes", "vocab_size", "pad_id", "fingerprint", "dtype")
+_MADE_FROM = ("tokenizer", "shards")  # compared by `tokenize` only
 
 Encoded = tuple[np.ndarray, np.ndarray, int]  # ids of all documents, length of each, bytes of their text
 
@@ -112,7 +113,7 @@ def tokenize(
     manifest = shards.read_manifest(shards_dir)
     out, made_from = Path(out_dir), _made_from(shards_dir, tokenizer)
     if (out / INDEX).exists():
-        if not (stale := _differences(read_json(out / INDEX, VERSION), made_from)):
+        if not (stale := _differences(read_json(out / INDEX, VERSION, _MADE_FROM), made_from)):
             return TokenCache(out)
         if not rebuild:
             raise ValueError(f"{out}: made from {stale}; remove {out}, or choose another `out`")
@@ -151,7 +152,7 @@ def _made_from(shards_dir: str | Path, tokenizer: Tokenizer) -> dict[str, Any]:
 def _differences(meta: dict[str, Any], made_from: dict[str, Any]) -> str:
     return " and ".join(
         f"{name} {meta[name][:12]}, but {name} is now {made_from[name][:12]}"
-        for name in ("tokenizer", "shards")
+        for name in _MADE_FROM
         if meta[name] != made_from[name]
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import zstandard
 
-from openllama.files import file_written_aside, read_json, sha256_of, write_json
+from openllama.files import check_keys, file_written_aside, read_json, sha256_of, write_json
 
 from .lines import Unreadable
 from .readers import Damage, DamagedData, Document, records
@@ -128,6 +128,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         )
     manifest = read_json(folder / MANIFEST, VERSION, ("lines", "text_bytes", "shards", "damage", "settings"))
     for shard in manifest["shards"]:
+        check_keys(folder / MANIFEST, shard, ("name", "lines", "bytes", "sha256"))
         path = folder / shard["name"]
         if not path.exists():
             raise FileNotFoundError(f"{path}: missing, but {MANIFEST} lists it; make the folder again")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from datetime import timedelta
@@ -29,8 +28,7 @@ class Monitor:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         _keep_steps_until(path, start)
-        # no buffer, which would be written once more when it is closed after an error
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        path.touch()  # a folder that can't be written to is found now, not at the first record
         self._console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn())
         self._progress = Progress(*columns, console=self._console, disable=not sys.stdout.isatty())
@@ -66,14 +64,15 @@ class Monitor:
 
     def _append(self, record: dict[str, Any]) -> None:
         try:
-            os.write(self._file, (json.dumps(record) + "\n").encode())
+            # opened for each record, so that after an error nothing is left to be written once more at the end
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
         except OSError as e:
             raise OSError(e.errno, f"{self.path}: {e.strerror}; free space, run again") from None
 
     def close(self) -> None:
         if not self.quiet:
             self._progress.stop()
-            os.close(self._file)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

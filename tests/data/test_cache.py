@@ -149,6 +149,16 @@ def test_a_failed_rebuild_leaves_no_wrong_cache(shards_of, small, tmp_path, monk
         TokenCache(tmp_path / "t")
 
 
+def test_a_cache_without_its_keys_is_named_before_it_is_compared(build, small, tmp_path):
+    made = build(["text"])
+    index = made.path / "cache.json"
+    index.write_text(json.dumps({k: v for k, v in made.meta.items() if k != "tokenizer"}))
+    with pytest.raises(
+        ValueError, match=r"cache\.json: no key 'tokenizer'; damaged: copy or make its folder"
+    ):
+        tokenize(tmp_path / "tokens-shards", small, made.path, progress=False)
+
+
 def test_damaged_caches_are_named(build, tmp_path):
     folder = build(["some text", "more"]).path
     whole = {p.name: p.read_bytes() for p in folder.iterdir()}

@@ -3,11 +3,12 @@
 import errno
 import json
 import os
+import resource
 
 import pytest
 
 from openllama import files
-from openllama.training.monitor import Monitor, plot_loss
+from openllama.training.monitor import Monitor, plot_loss, read_metrics
 
 
 def full_disk(*_):
@@ -44,6 +45,20 @@ def test_a_full_disk_is_named_in_one_way_and_leaves_nothing(kind, metrics, tmp_p
         writers(tmp_path)[kind]()
     assert caught.value.errno == errno.ENOSPC and str(tmp_path) in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"] and metrics.read_text() == before
+
+
+def test_a_record_that_fits_only_in_part_is_an_error(metrics):
+    """A system that has room for some of the bytes writes those and calls it a success."""
+    monitor = Monitor(metrics, 4, 5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size + 10, hard))
+    try:
+        with pytest.raises(OSError, match=r"metrics\.jsonl: File too large; free space, run again"):
+            monitor.valid({"step": 5, "valid_loss": 1.0, "valid_bits_per_byte": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monitor.close()
+    assert [r["step"] for r in read_metrics(metrics)] == [1, 2, 3, 4]
 
 
 def test_what_is_written(metrics, tmp_path):

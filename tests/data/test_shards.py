@@ -91,6 +91,18 @@ def test_a_bad_line_in_a_shard_is_named(shards_of):
         read_shards(folder)
 
 
+@pytest.mark.parametrize("key", ["settings", "lines", "name", "bytes", "sha256"])
+def test_a_manifest_without_its_keys_is_named(shards_of, key):
+    folder = shards_of("abc")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (manifest if key in manifest else manifest["shards"][0]).pop(key)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match=rf"manifest\.json: no key '{key}'; damaged: copy or make its folder"
+    ):
+        read_shards(folder)
+
+
 def full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 

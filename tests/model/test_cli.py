@@ -48,6 +48,22 @@ def test_a_users_mistake_takes_one_line(name, tmp_path):
     assert "none" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--steps", "0"], "--steps: got 0, takes a whole number of at least 1"),
+        (
+            ["--preset", "tiny", "--seq", "2048"],
+            "--seq: got 2048, takes at most 1024, the max_positions of tiny",
+        ),
+    ],
+)
+def test_a_benchmark_checks_its_arguments_first(arguments, message):
+    command = [sys.executable, "-m", "benchmarks.tokens_per_second", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
+
+
 def test_debug_shows_the_traceback(tmp_path):
     done = script("prepare_data", tmp_path, OPENLLAMA_DEBUG="1")
     assert done.returncode == 1 and done.stderr.startswith("Traceback")

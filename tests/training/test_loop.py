@@ -197,15 +197,18 @@ def test_missing_shards_are_named(settings, tmp_path):
         Trainer(settings(shards=str(tmp_path / "nope")))
 
 
-def test_a_disk_that_fills_while_metrics_are_written_is_named(settings, monkeypatch):
+def test_a_disk_that_fills_while_metrics_are_written_is_named(settings):
     trainer = Trainer(settings())
+    metrics, step = settings_folder(settings) / "metrics.jsonl", trainer.train_step
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def filling(stopping):
+        metrics.unlink(missing_ok=True)
+        metrics.symlink_to("/dev/full")
+        return step(stopping)
 
-    monkeypatch.setattr("openllama.training.monitor.os.write", full)
+    trainer.train_step = filling
     with pytest.raises(OSError, match=r"metrics\.jsonl: No space left on device; free space, run again"):
-        trainer.run()
+        trainer.run()  # which closes the monitor too
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(settings, tmp_path):
