@@ -12,6 +12,7 @@ import yaml
 
 from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
+from openllama.training.faults import is_launcher
 from openllama.training.monitor import read_metrics
 
 from .test_resume import wait_for
@@ -61,6 +62,20 @@ def test_two_processes_equal_one_with_twice_the_batch_and_one_goes_on(settings, 
         for run in ("parted", "whole")
     ]
     assert states[0]["tokens"] == states[1]["tokens"] and states[0]["loader"] == states[1]["loader"]
+
+
+@pytest.mark.parametrize(
+    "command, is_one",
+    [
+        (["python", "/venv/bin/accelerate", "launch", "train/pretrain.py"], True),
+        (["python", "-m", "accelerate.commands.launch", "train/pretrain.py"], True),
+        (["bash", "accelerate_job.sh"], False),
+        (["bash", "-c", "accelerate launch train/pretrain.py; python train/pretrain.py"], False),
+    ],
+)
+def test_a_shell_that_names_accelerate_is_no_launcher(command, is_one):
+    """`nohup python train/pretrain.py &` in accelerate_job.sh outlives its shell."""
+    assert is_launcher(command) == is_one
 
 
 def test_sigterm_to_accelerate_launch_saves_and_leaves_no_process(settings, tmp_path):
