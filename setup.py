@@ -166,7 +166,7 @@ def add_cuda(ninja: Ninja, nvcc: str, cxx: str) -> None:
         "-O3",
         "-DUSE_CUDA",
         f"-ccbin={cxx}",
-        f"-Xcompiler=-fPIC,-fvisibility=hidden,{NO_ROOT}",
+        "-Xcompiler=-fPIC,-fvisibility=hidden",  # no path: nvcc hands these to a shell as they are
         "--expt-relaxed-constexpr",
     ]
     for source in sorted(CSRC.glob("*.cu")):

@@ -67,9 +67,8 @@ def versus(benchmark):
         rounds = min(rounds_for(step) for step in steps.values())
         times: dict[str, list[float]] = {name: [] for name in steps}
         order = list(steps.items())
-        for _ in range(
-            rounds
-        ):  # interleaved and in turn, so that clocks, neighbours and caches fall on all alike
+        # interleaved and in turn, so that clocks, neighbours and caches fall on all alike
+        for _ in range(rounds):
             order.append(order.pop(0))
             for name, step in order:
                 start = time.perf_counter()

@@ -127,13 +127,17 @@ def _fill(
             )
             for s in splits
         }
-        count = dict.fromkeys(splits, 0)
+        count, text_bytes = dict.fromkeys(splits, 0), 0
         for document, size in _up_to(read(source, damage=damage), limit):
             split = "valid" if fraction(document["text"]) < share else "train"
             writers[split].write(document)
             count[split] += 1
+            text_bytes += size
             advance(size)
-        if (total := sum(count.values())) and (empty := [s for s in splits if not count[s]]):
+        total = sum(count.values())
+        if total and not text_bytes:
+            raise ValueError(f"{source}: its {total:,} documents hold no text; give a source with text")
+        if total and (empty := [s for s in splits if not count[s]]):
             raise ValueError(
                 f"{folder.parent / empty[0]}: none of the source's {total:,} documents fell into it at valid_share={share} "
                 "(a document is chosen by its hash); give more documents, another valid_share, or 0 to hold out none"

@@ -160,6 +160,16 @@ def test_a_split_that_gets_no_document_is_named(tmp_path):
     assert quiet(tmp_path / "book.txt", tmp_path / "out", valid_share=0)["documents"] == 1
 
 
+@pytest.mark.parametrize("share", (0, 0.02))
+def test_documents_without_text_are_no_corpus(tmp_path, share):
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n' * 300)
+    with pytest.raises(
+        ValueError, match=r"blank\.jsonl: its 300 documents hold no text; give a source with text"
+    ):
+        quiet(tmp_path / "blank.jsonl", tmp_path / "out", valid_share=share)
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_prepare_splits_by_the_text_alone(source, tmp_path):
     made = quiet(source, tmp_path / "out", valid_share=0.1)
     train, valid = all_texts(tmp_path / "out", "train"), all_texts(tmp_path / "out", "valid")

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,15 @@ def test_library_loads_beside_transformers():
     result = python("import transformers, openllama.ops, json; from openllama.kernels import library\n"
                     "print(json.dumps(library.missing))")  # fmt: skip
     assert json.loads(result.stdout.splitlines()[-1]) == "", result.stderr
+
+
+def test_builds_in_a_folder_of_any_name(tmp_path):
+    """Shells and ninja would take some of these characters for themselves. (A $ in the path is too much for nvcc.)"""
+    folder = tmp_path / "it's a (new)"
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copy(ROOT / "setup.py", folder)
+    (folder / "openllama" / "kernels").mkdir(parents=True)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(folder.rglob("_C.abi3.so"))
