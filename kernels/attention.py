@@ -6,6 +6,8 @@ Vaswani et al., 2017; grouped-query attention (Ainslie et al., 2023) when k and 
 kernels do the work for now: SDPA for dense batches; its varlen kernel for bf16 and fp16 packs on a GPU; for other packs
 SDPA document by document, which on a GPU waits for their lengths. While torch.compile traces, where the lengths are not
 known, those are one SDPA call with a mask, whose work grows with the square of the pack.
+
+`attention_decode` is the generation step: one query for each row of a key-value cache.
 """
 
 from __future__ import annotations
@@ -74,6 +76,40 @@ def attention(
         return _fused(q, k, v, cu_seqlens, max_seqlen, causal, scale)
     out = _fused(*map(_readable, (q, k, v)), cu_seqlens, max_seqlen, causal, scale)
     return _ReadableGradient.apply(out) if out.requires_grad else out
+
+
+def attention_decode(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, *, scale: float | None = None
+) -> torch.Tensor:
+    """Attention of one new token a row over the keys and values cached for it.
+
+    Args:
+        q: (rows, heads, head_dim).
+        k, v: (rows, capacity, kv_heads, head_dim), kv_heads a divisor of heads; slices of one cache are read as they
+            are (on a GPU, those that do not lie on 16 bytes are copied). Entries from a row's length on are not seen,
+            but must be finite.
+        lengths: (rows,) int32 or int64, 1 to capacity: how many entries a row sees, the new token's own among them.
+        scale: of the scores, above 0; None: head_dim ** -0.5.
+
+    Returns:
+        q's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or scale. The values of lengths are not checked.
+    """
+    _check_decode(q, k, v, lengths)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    checks.in_range("scale", scale, 1e-37, 3e38, "a finite number above 0")
+    # A kernel of our own, which reads only what each row sees, would be chosen here; SDPA reads it all and masks.
+    seen = torch.arange(k.shape[1], device=q.device) < lengths[:, None]  # (rows, capacity)
+    if q.is_cuda:
+        q, k, v = map(_readable, (q, k, v))
+    # The query heads that share a key head stand where a sequence would: no key is repeated, whatever the kernel.
+    grouped = q.unflatten(1, (k.shape[2], -1))  # (rows, kv_heads, heads / kv_heads, head_dim)
+    out = F.scaled_dot_product_attention(
+        grouped, k.transpose(1, 2), v.transpose(1, 2), seen[:, None, None], scale=scale
+    )
+    return out.flatten(1, 2)
 
 
 class _ReadableGradient(torch.autograd.Function):
@@ -207,6 +243,25 @@ def _check(q, k, v, cu_seqlens, max_seqlen) -> None:
         longest = max(end - start for start, end in itertools.pairwise(borders))
         if max_seqlen < longest:
             raise ValueError(f"max_seqlen: got {max_seqlen}, takes at least the longest document's {longest}")
+
+
+def _check_decode(q, k, v, lengths) -> None:
+    checks.is_float("q", q)
+    if q.dim() != 3:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, takes (rows, heads, head_dim)")
+    checks.is_tensor("k", k)
+    if k.dim() != 4 or k.shape[2] == 0 or q.shape[1] % k.shape[2]:
+        raise ValueError(
+            f"k: got shape {tuple(k.shape)}, takes (rows, capacity, kv_heads, head_dim), kv_heads a divisor of q's "
+            f"{q.shape[1]} heads"
+        )
+    for name, t in (("k", k), ("v", v)):
+        checks.same_dtype(name, t, q.dtype, "q")
+        checks.same_device(name, t, q.device, "q")
+        checks.has_shape(name, t, (len(q), *k.shape[1:3], q.shape[2]), "rows, capacity, kv_heads, head_dim")
+    checks.is_integer("lengths", lengths)
+    checks.has_shape("lengths", lengths, (len(q),), "rows")
+    checks.same_device("lengths", lengths, q.device, "q")
 
 
 def attention_reference(

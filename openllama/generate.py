@@ -1,17 +1,20 @@
-"""Sampling: several prompts at once, as one pack of documents that never see each other.
+"""Sampling: several prompts at once, ids with `sample` and text with `generate`.
 
-Every step recomputes the whole context: there is no key-value cache yet, so n new tokens cost n forward
-passes over it. That is fine for samples of a few hundred tokens.
+One packed pass reads the prompts; then each step computes one token of each prompt that has not ended, with the keys and
+values of what came before in a cache (openllama/decoder.py).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 
+from openllama.decoder import Decoder
 from openllama.model import Llama
+from openllama.tokenizer import Tokenizer
 
 
 @torch.no_grad()  # not inference_mode: the model keeps its rotary tables, and training could not use such ones
@@ -24,7 +27,7 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
     vocab_size: int | None = None,
 ) -> list[list[int]]:
     """Continues each prompt.
@@ -32,7 +35,8 @@ def sample(
     Args:
         model: on any device and in any dtype; logits are sampled from in fp32.
         prompts: ids of each, at least one (bos, where the model was trained with it). Lengths may differ: no padding.
-            A context longer than the model's max_positions loses its oldest tokens.
+            A context that outgrows the model's max_positions loses its oldest quarter (see `Decoder`, also for the
+            cache's memory).
         max_new_tokens: at most so many for each prompt.
         temperature: divides the logits; 0: always the likeliest token (the lowest id among equals).
         top_k: only the k likeliest tokens; 0: all.
@@ -41,7 +45,8 @@ def sample(
         seed: prompt i draws from a generator of its own, seeded with seed + i, on the CPU: what it gets does not depend
             on the other prompts' draws. (Their presence can change the last bits of a matrix product's sums.)
         eos_id: a prompt ends where this id is drawn; None: never.
-        on_token: called with (prompt's index, new id) for each new token.
+        on_token: called with (prompt's index, new id) for each new token; where it returns True, the prompt ends
+            with that id.
         vocab_size: ids from here on are never drawn (rows that only pad the table); None: the model's vocabulary.
 
     Returns:
@@ -52,40 +57,131 @@ def sample(
     """
     limit = model.config.vocab_size if vocab_size is None else vocab_size
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, limit)
-    contexts = [list(p) for p in prompts]
+    new: list[list[int]] = [[] for _ in prompts]
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    open_prompts = list(range(len(prompts)))
+    decoder = Decoder(model, prompts, max_new_tokens)
+    open_prompts = list(range(len(prompts)))  # the prompt of each of the decoder's rows
     for _ in range(max_new_tokens):
-        if not open_prompts:
-            break
-        logits = last_logits(model, [contexts[i] for i in open_prompts])[:, :limit].float().cpu()
+        logits = decoder.logits()[:, :limit].float().cpu()
         still_open = []
-        for i, row in zip(open_prompts, logits):
-            token = _draw(row, temperature, top_k, top_p, generators[i])
+        for row, i in enumerate(open_prompts):
+            token = _draw(logits[row], temperature, top_k, top_p, generators[i])
             if token == eos_id:
                 continue
-            contexts[i].append(token)
-            still_open.append(i)
-            if on_token is not None:
-                on_token(i, token)
-        open_prompts = still_open
-    return [context[len(prompt) :] for context, prompt in zip(contexts, prompts)]
+            new[i].append(token)
+            if on_token is not None and on_token(i, token):
+                continue
+            decoder.append(row, token)
+            still_open.append(row)
+        decoder.keep(still_open)
+        open_prompts = [open_prompts[row] for row in still_open]
+        if not open_prompts:
+            break
+    return new
 
 
-def last_logits(model: Llama, contexts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits after the last token of each context, (contexts, vocab), from one packed forward pass.
+def generate(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    on_text: Callable[[int, str], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
+) -> list[str]:
+    """Continues each text, to eos, to a stop string or for max_new_tokens.
 
-    A context longer than max_positions is cut at its front. The head runs on the last tokens only.
+    Args:
+        model, max_new_tokens, temperature, top_k, top_p, seed, on_token: as in `sample`.
+        tokenizer: the model's.
+        prompts: text of each, may be empty; bos goes before it, as before a document in training.
+        stop: strings, none empty, that end a prompt. The one that is whole first counts, the longest of several that
+            end together, wherever the borders of tokens lie.
+        on_text: called with (prompt's index, piece) as soon as more of its text is sure: whole characters, which are no
+            start of a stop string (those that still wait when a prompt ends come when all have ended). The pieces of a
+            prompt join to what is returned.
+
+    Returns:
+        The new text of each prompt, without the prompt and without the stop string. Bytes that are no UTF-8 give U+FFFD.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
     """
-    device = model.embed.weight.device
-    windows = [list(c[-model.config.max_positions :]) for c in contexts]
-    lengths = torch.tensor([len(w) for w in windows])
-    ends = lengths.cumsum(0)  # (contexts,)
-    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(device, torch.int32)
-    positions = torch.cat([torch.arange(len(w), dtype=torch.int32) for w in windows]).to(device)
-    ids = torch.tensor([i for w in windows for i in w], device=device)
-    hidden = model.hidden_states(ids, positions, cu_seqlens, int(lengths.max()))  # (tokens, hidden)
-    return model.head(hidden[(ends - 1).to(device)])
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise TypeError(f"prompts: got {prompts!r}, takes a list of texts")
+    if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+        raise ValueError(f"stop: got {stop!r}, takes a list of strings that are not empty")
+    texts = [
+        _Text(tokenizer, stop, functools.partial(on_text, i) if on_text else None)
+        for i in range(len(prompts))
+    ]
+
+    def ends(i: int, token: int) -> bool | None:
+        asked = on_token is not None and on_token(i, token)
+        return texts[i].add(token) or asked
+
+    sample(
+        model,
+        [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts],
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        eos_id=tokenizer.eos_id,
+        on_token=ends,
+        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+    )
+    return [text.close() for text in texts]
+
+
+class _Text:
+    """The text of a growing row of ids, up to a stop string.
+
+    What is given out stays: bytes that may be the start of a character wait as ids, characters that may be the start of
+    a stop string as text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], write: Callable[[str], None] | None):
+        self.tokenizer, self.stop, self.write = tokenizer, stop, write
+        self.ids: list[int] = []
+        self.held = ""
+        self.text = ""
+
+    def add(self, token: int) -> bool:
+        """Takes the next id; whether a stop string is whole now."""
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        # Bytes are decoded one at a time where they are no character, so only at the end may one still become whole.
+        return not text.endswith("\N{REPLACEMENT CHARACTER}") and self._take(text)
+
+    def close(self) -> str:
+        """All of the text, with what had waited; nothing goes on after it."""
+        self._take(self.tokenizer.decode(self.ids))
+        self._give(self.held)
+        return self.text
+
+    def _take(self, text: str) -> bool:
+        self.ids, text = [], self.held + text
+        found = [(at + len(s), at) for s in self.stop if (at := text.find(s)) >= 0]  # (end, start)
+        sure = min(found)[1] if found else len(text) - self._start_of_stop(text)
+        self._give(text[:sure])
+        self.held = "" if found else text[sure:]
+        return bool(found)
+
+    def _start_of_stop(self, text: str) -> int:
+        """How many characters at the end of the text are the start of a stop string."""
+        lengths = (n for s in self.stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
+        return max(lengths, default=0)
+
+    def _give(self, text: str) -> None:
+        self.text += text
+        if text and self.write is not None:
+            self.write(text)
 
 
 def _draw(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from openllama.config import ModelConfig
-from openllama.ops import attention, cross_entropy, rms_norm, rotary, rotary_tables, swiglu
+from openllama.ops import attention, attention_decode, cross_entropy, rms_norm, rotary, rotary_tables, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -27,12 +27,13 @@ class RMSNorm(nn.Module):
 
 
 class Context:
-    """What all layers share in one forward: positions, rotary tables and document borders."""
+    """What all layers share in one forward: positions, rotary tables, document borders and rows of the cache."""
 
-    def __init__(self, positions, cos, sin, cu_seqlens, max_seqlen, dense_shape):
+    def __init__(self, positions, cos, sin, cu_seqlens, max_seqlen, dense_shape, rows):
         self.positions, self.cos, self.sin = positions, cos, sin
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-        self.dense_shape = dense_shape  # (batch, seq), or None for packed documents
+        self.dense_shape = dense_shape  # (batch, seq), or None for a flat row of tokens
+        self.rows = rows  # (tokens,), the cache's row of each, or None without a cache
 
 
 class Attention(nn.Module):
@@ -42,7 +43,7 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.hidden, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(self.heads * self.head_dim, config.hidden, bias=False)
 
-    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: Context, cache: torch.Tensor | None) -> torch.Tensor:
         qkv = self.wqkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         # Not in place: on a view, autograd adds two copies of the gradient (3 times slower), and torch.compile fails.
         qkv = rotary(qkv, context.cos, context.sin, context.positions, self.heads + self.kv_heads)
@@ -50,7 +51,12 @@ class Attention(nn.Module):
             qkv = qkv.view(*context.dense_shape, *qkv.shape[1:])
         # split, not slices: its backward writes the three gradients into one packed tensor
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
-        out = attention(q, k, v, context.cu_seqlens, context.max_seqlen)
+        if cache is not None:
+            cache[:, context.rows, context.positions] = torch.stack((k, v))
+        if cache is None or context.cu_seqlens is not None:
+            out = attention(q, k, v, context.cu_seqlens, context.max_seqlen)
+        else:
+            out = attention_decode(q, cache[0], cache[1], context.positions + 1)
         return self.wo(out.reshape(len(x), self.heads * self.head_dim))
 
 
@@ -74,13 +80,19 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, branch: torch.Tensor, residual: torch.Tensor | None, context: Context):
+    def forward(
+        self,
+        branch: torch.Tensor,
+        residual: torch.Tensor | None,
+        context: Context,
+        cache: torch.Tensor | None,
+    ):
         if residual is None:  # the first layer: nothing to add yet
             residual = branch
             y = self.attention_norm(branch)
         else:
             y, residual = self.attention_norm(branch, residual)
-        y, residual = self.mlp_norm(self.attention(y, context), residual)
+        y, residual = self.mlp_norm(self.attention(y, context, cache), residual)
         return self.mlp(y), residual
 
 
@@ -127,16 +139,33 @@ class Llama(nn.Module):
         positions: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
+        cache: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The final norm's output, (tokens, hidden). Arguments as in `forward`."""
-        context = self._context(ids, positions, cu_seqlens, max_seqlen)
+        """The final norm's output, (tokens, hidden). Arguments as in `forward`, and, without gradients:
+
+        cache: from `new_cache`, written in place at each token's position. With cu_seqlens, document i is read from its
+            start into row i (an empty one leaves its row as it is). Without, ids and positions are (rows,): the next
+            token of each row, which sees what the row holds before it. A slice of rows or capacity will do.
+        """
+        context = self._context(ids, positions, cu_seqlens, max_seqlen, cache)
         x = self.embed(ids.reshape(-1))
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         residual = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, context)
+        for layer, entries in zip(self.layers, [None] * len(self.layers) if cache is None else cache):
+            x, residual = layer(x, residual, context, entries)
         return self.norm(x, residual)[0]
+
+    def new_cache(self, rows: int, capacity: int) -> torch.Tensor:
+        """An empty key-value cache, (layers, 2, rows, capacity, kv_heads, head_dim), for `hidden_states`.
+
+        In the dtype and on the device of the weights. Raises ValueError for a capacity over max_positions.
+        """
+        c = self.config
+        if capacity > c.max_positions:
+            raise ValueError(f"capacity: got {capacity}, takes at most max_positions={c.max_positions}")
+        # not empty(): attention multiplies what it masks by 0, and leftover memory may hold NaN
+        return self.embed.weight.new_zeros(c.layers, 2, rows, capacity, c.kv_heads, c.head_dim)
 
     def forward(
         self,
@@ -168,10 +197,13 @@ class Llama(nn.Module):
             return logits.view(*ids.shape, self.config.vocab_size)
         return cross_entropy(logits, labels.reshape(-1), reduction="sum", inplace_backward=True)
 
-    def _context(self, ids, positions, cu_seqlens, max_seqlen) -> Context:
+    def _context(self, ids, positions, cu_seqlens, max_seqlen, cache) -> Context:
         _check_ids(ids, self.config.vocab_size)
-        dense_shape = None
-        if cu_seqlens is None:
+        dense_shape = rows = None
+        if cache is not None:
+            rows = _cache_rows(cache, ids, cu_seqlens)
+            max_seqlen = cache.shape[3] if cu_seqlens is None else max_seqlen
+        elif cu_seqlens is None:
             if ids.dim() != 2:
                 raise ValueError(
                     f"ids: got shape {tuple(ids.shape)}, takes (batch, seq), or (tokens,) with cu_seqlens"
@@ -180,14 +212,28 @@ class Llama(nn.Module):
             max_seqlen = seq
             if positions is None:
                 positions = torch.arange(seq, dtype=torch.int32, device=ids.device).repeat(batch)
-        elif positions is None or max_seqlen is None:
-            raise ValueError("positions and max_seqlen: got None, takes both with cu_seqlens")
+        if positions is None or max_seqlen is None:
+            raise ValueError(
+                "positions and max_seqlen: got None, takes both with cu_seqlens, positions with a cache"
+            )
         if max_seqlen > self.config.max_positions:
             raise ValueError(
                 f"ids: a document of {max_seqlen} tokens, takes at most max_positions={self.config.max_positions}"
             )
         cos, sin = self.tables(ids.device)
-        return Context(positions.reshape(-1), cos, sin, cu_seqlens, max_seqlen, dense_shape)
+        return Context(positions.reshape(-1), cos, sin, cu_seqlens, max_seqlen, dense_shape, rows)
+
+
+def _cache_rows(cache, ids, cu_seqlens) -> torch.Tensor:
+    """(tokens,), the row of the cache that each token belongs to."""
+    count = ids.numel() if cu_seqlens is None else len(cu_seqlens) - 1
+    if count != cache.shape[2]:
+        raise ValueError(
+            f"cache: got {cache.shape[2]} rows, takes {count}, one for each document or next token"
+        )
+    if cu_seqlens is None:
+        return torch.arange(count, device=ids.device)
+    return torch.repeat_interleave(cu_seqlens.diff(), output_size=len(ids))
 
 
 def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:

@@ -1,10 +1,12 @@
 """Every public op by name. `from openllama.ops import rms_norm, swiglu`."""
 
 from openllama.kernels.adamw import adamw
-from openllama.kernels.attention import attention
+from openllama.kernels.attention import attention, attention_decode
 from openllama.kernels.cross_entropy import cross_entropy
 from openllama.kernels.rms_norm import rms_norm
 from openllama.kernels.rotary import rotary, rotary_tables
 from openllama.kernels.swiglu import swiglu
 
-__all__ = ["adamw", "attention", "cross_entropy", "rms_norm", "rotary", "rotary_tables", "swiglu"]
+__all__ = [
+    "adamw", "attention", "attention_decode", "cross_entropy", "rms_norm", "rotary", "rotary_tables", "swiglu",
+]  # fmt: skip

@@ -33,6 +33,12 @@ def arguments() -> argparse.Namespace:
         "--top-p", type=float, default=0.95, help="only the likeliest p; 1: all (default: 0.95)"
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        help="text that ends a sample; give it again for more (default: none)",
+    )
     parser.add_argument("--tokenizer", help="tokenizer.model (default: the one in the checkpoint)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     return parser.parse_args()
@@ -40,7 +46,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    from openllama.generate import sample
+    from openllama.generate import generate
     from openllama.load import load_model
     from openllama.tokenizer import Tokenizer
 
@@ -51,27 +57,44 @@ def main() -> None:
         raise ValueError(f"{args.checkpoint}: holds no tokenizer.model; name one with --tokenizer")
     tokenizer = Tokenizer(tokenizer_path)
     prompts = args.prompt or [""]
-    # a document starts with bos in training
-    ids = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in prompts]
+    alone = len(prompts) == 1  # then its text is shown as it comes
+    unsaid = prompts[:1]  # shown with the first of its text: an error before that stands on a line of its own
+
+    def show(_: int, piece: str) -> None:
+        print(*unsaid, piece, sep="", end="", flush=True)
+        unsaid.clear()
+
+    times: list[list[float]] = [[] for _ in prompts]  # when each token came
     start = time.perf_counter()
-    new = sample(
+    texts = generate(
         model,
-        ids,
+        tokenizer,
+        prompts,
         args.max_new_tokens,
         args.temperature,
         args.top_k,
         args.top_p,
         args.seed,
-        eos_id=tokenizer.eos_id,
-        vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
+        args.stop,
+        on_text=show if alone else None,
+        on_token=lambda i, _: times[i].append(time.perf_counter()),
     )
-    seconds = time.perf_counter() - start
-    for i, tokens in enumerate(new):
-        if len(new) > 1:
-            print(f"--- sample {i + 1}")
-        print(tokenizer.decode([*ids[i], *tokens]))  # together: a character's bytes may lie on both sides
-    count = sum(map(len, new))
-    print(f"[{count} tokens, {seconds:.1f} s, {count / seconds:.1f} tokens/s on {device}]", file=sys.stderr)
+    end = time.perf_counter()
+    if alone:
+        print(*unsaid)
+    else:
+        for i, (prompt, text) in enumerate(zip(prompts, texts), 1):
+            print(f"--- sample {i}\n{prompt}{text}")
+    print(f"[{speed(times, start, end)} on {device}]", file=sys.stderr)
+
+
+def speed(times: list[list[float]], start: float, end: float) -> str:
+    """How many tokens, and how fast: to each prompt's first, which waits for the prompts to be read, and after those."""
+    firsts = [t[0] for t in times if t]
+    count, read = sum(map(len, times)), max(firsts, default=end)
+    rest = count - len(firsts)
+    after = f", then {rest / (end - read):.1f} tokens/s" if rest else ""
+    return f"{count} tokens, the first after {read - start:.2f} s{after}"
 
 
 def find_device(name: str | None):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from openllama.ops import attention
+from openllama.ops import attention, attention_decode
 
 from .contract import BF16, F16, F32, F64, Contract
 from .rule import all_near, gradients_like, laid_out, random, run
@@ -254,3 +254,80 @@ def test_reference_is_the_definition():
     ours = run(attention, tensors, constants, backend="reference")
     theirs = run(eager, [laid_out(t, "slice") for t in tensors], constants)
     all_near(ours[0] + ours[1], theirs[0] + theirs[1], 16)
+
+
+# ---------------------------------------------------------------- one token a row of a cache
+
+CACHED = (9, 1, 4, 12)  # entries that each row sees, of 12
+
+
+def cached(dtype=F32, device="cpu", heads=4, kv_heads=2, head_dim=16):
+    """q, k, v and lengths; k and v are slices of one cache."""
+    q = random((len(CACHED), heads, head_dim), dtype, device, 0)
+    cache = random((2, len(CACHED) + 1, 15, kv_heads, head_dim), dtype, device, 1)
+    return q, *cache[:, : len(CACHED), : max(CACHED)], torch.tensor(CACHED, device=device)
+
+
+def last_row_of_each(q, k, v, lengths):
+    """As a whole document each, in which only the last query counts."""
+    rows = [(a[None, None].expand(1, n, -1, -1), b[None, :n], c[None, :n])
+            for a, b, c, n in zip(q, k, v, lengths.tolist())]  # fmt: skip
+    return torch.cat([eager(*row)[:, -1] for row in rows])
+
+
+@pytest.mark.parametrize("dtype", (F64, F32, BF16, F16))
+@pytest.mark.parametrize("size", (*Heads.sizes, (4, 2, 20)), ids=str)
+def test_decode_is_the_last_row_of_attention(device, dtype, size):
+    tensors = cached(dtype, device, *size)
+    exact = last_row_of_each(*(t.double() for t in tensors[:3]), tensors[3]).to(dtype)
+    all_near([attention_decode(*tensors)], [exact], 8)
+
+
+def test_decode_does_not_see_what_lies_behind(device):
+    q, k, v, lengths = cached(device=device)
+    first = attention_decode(q, k, v, lengths)
+    for row, n in enumerate(CACHED):
+        k[row, n:], v[row, n:] = 1e4, -1e4
+    assert torch.equal(attention_decode(q, k, v, lengths.int()), first)
+
+
+def test_decode_scale(device):
+    q, k, v, lengths = cached(device=device)
+    all_near([attention_decode(q, k, v, lengths, scale=0.5)], [attention_decode(q * 2, k, v, lengths)], 4)
+    with pytest.raises(ValueError, match=r"scale: got 0\.0"):
+        attention_decode(q, k, v, lengths, scale=0.0)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda q, k, v, n: (q[0], k, v, n), ValueError, r"q: got shape \(4, 16\), takes \(rows, heads"),
+        (lambda q, k, v, n: (q.long(), k, v, n), TypeError, "q: got torch.int64"),
+        (
+            lambda q, k, v, n: (q[:, :3], k, v, n),
+            ValueError,
+            "k: got shape .*, kv_heads a divisor of q's 3 heads",
+        ),
+        (
+            lambda q, k, v, n: (q, k[0], v, n),
+            ValueError,
+            r"k: got shape \(12, 2, 16\), takes \(rows, capacity",
+        ),
+        (
+            lambda q, k, v, n: (q, k[:3], v, n),
+            ValueError,
+            r"k: got shape \(3, 12, 2, 16\), takes \(4, 12, 2, 16\)",
+        ),
+        (lambda q, k, v, n: (q, k, v[:, :9], n), ValueError, r"v: got shape \(4, 9, 2, 16\)"),
+        (
+            lambda q, k, v, n: (q, k, v.double(), n),
+            TypeError,
+            "v: got torch.float64, takes q's torch.float32",
+        ),
+        (lambda q, k, v, n: (q, k, v, n.float()), TypeError, "lengths: got torch.float32"),
+        (lambda q, k, v, n: (q, k, v, n[:2]), ValueError, r"lengths: got shape \(2,\)"),
+    ],
+)
+def test_bad_input_to_decode_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        attention_decode(*change(*cached()))

@@ -33,3 +33,9 @@ def make(dtype=torch.float32, seed=0, **options):
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.2 if p.dim() == 1 else 0.1)
     return model.to(dtype)
+
+
+@torch.no_grad()
+def last_logits(model, contexts):
+    """Logits after each context, (contexts, vocab), from a dense forward of each: no pack, no cache."""
+    return torch.stack([model(torch.tensor([context]))[0, -1] for context in contexts])

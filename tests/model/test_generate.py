@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from openllama.generate import last_logits, sample
+from openllama.generate import sample
 
-from .models import make
+from .models import last_logits, make
 
 PROMPTS = [[1], [5, 6, 7], list(range(40))]
 
@@ -17,8 +17,7 @@ def one_by_one(model, prompt, count):
     """Greedy, with the dense forward and no window."""
     ids = list(prompt)
     for _ in range(count):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(int(last_logits(model, [ids])[0].argmax()))
     return ids[len(prompt) :]
 
 
@@ -40,17 +39,11 @@ def test_prompt_i_draws_with_seed_plus_i_whatever_its_neighbours(model):
     assert sample(model, [PROMPTS[0], [9, 9], PROMPTS[2]], 10, seed=5)[2] == together[2]
 
 
-def test_last_logits_are_those_of_each_prompt(model):
-    got = last_logits(model, PROMPTS)
-    for row, prompt in zip(got, PROMPTS):
-        with torch.no_grad():
-            torch.testing.assert_close(row, model(torch.tensor([prompt]))[0, -1])
-
-
 def test_a_full_context_drops_its_oldest_tokens(model):
     prompt = [i % 101 for i in range(80)]  # over max_positions=64
-    torch.testing.assert_close(last_logits(model, [prompt]), last_logits(model, [prompt[-64:]]))
-    assert len(sample(model, [prompt[:62]], 10)[0]) == 10  # goes on over the border
+    assert sample(model, [prompt], 10, seed=2) == sample(model, [prompt[-64:]], 10, seed=2)
+    first, *rest = sample(model, [prompt[:64]], 30, temperature=0)[0]  # goes on over the border
+    assert rest == one_by_one(model, [*prompt[17:64], first], 16) + rest[16:] and len(rest) == 29
 
 
 def test_eos_ends_a_prompt_and_is_not_returned(model):
@@ -58,6 +51,25 @@ def test_eos_ends_a_prompt_and_is_not_returned(model):
     eos = free[1][4]
     ended = sample(model, PROMPTS, 12, seed=1, eos_id=eos)
     assert ended == [row[: row.index(eos)] if eos in row else row for row in free]
+
+
+def test_a_prompt_that_ends_does_not_change_the_others(model):
+    free = sample(model, PROMPTS, 12, seed=1)
+    for ending in range(3):
+        got = sample(model, PROMPTS, 12, seed=1, on_token=lambda i, _, ending=ending: i == ending)
+        assert got == [row[:1] if i == ending else row for i, row in enumerate(free)]
+
+
+def test_on_token_ends_a_prompt_with_that_id(model):
+    free = sample(model, PROMPTS, 12, seed=1)
+    seen = [0, 0, 0]
+
+    def third(i, _):
+        seen[i] += 1
+        return seen[i] == 3 + i
+
+    assert sample(model, PROMPTS, 12, seed=1, on_token=third) == [row[: 3 + i] for i, row in enumerate(free)]
+    assert seen == [3, 4, 5]
 
 
 def test_on_token_sees_each_new_token(model):

@@ -1,5 +1,6 @@
 """Model folders, the commands that work on them, and train/generate.py."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,29 @@ def test_generate_script(run_folder):
     command[3], command[-1] = run_folder, "cuda:99"
     failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert failed.returncode == 1 and failed.stderr.startswith("error: --device: got 'cuda:99', takes cpu")
+
+
+def test_generate_script_with_one_prompt(run_folder):
+    """Its text comes in pieces, and ends at a stop string."""
+    command = [sys.executable, ROOT / "train/generate.py", "--checkpoint", run_folder, "--device", "cpu"]
+    command += ["--max-new-tokens", "40", "--prompt", "def f"]
+    whole = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert whole.returncode == 0, whole.stderr
+    text = whole.stdout.removeprefix("def f").removesuffix("\n")
+    assert re.fullmatch(
+        r"\[40 tokens, the first after \d+\.\d\d s, then \d+\.\d tokens/s on cpu\]\n", whole.stderr
+    )
+    stop = next(text[i : i + 2] for i in range(len(text) // 2, len(text)) if text[i].isalpha())
+    ended = subprocess.run(
+        [*command, "--stop", "no such text", "--stop", stop], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"def f{text[: text.index(stop)]}\n" and ended.stdout != whole.stdout
+    none = subprocess.run([*command, "--max-new-tokens", "0"], capture_output=True, text=True, timeout=60)
+    assert none.stdout == "def f\n" and none.stderr.startswith("[0 tokens, ")
+    wrong = subprocess.run([*command, "--stop", ""], capture_output=True, text=True, timeout=60)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("error: stop: got ['']")
 
 
 def test_a_step_folder_is_found_in_one_way(run_folder):
