@@ -49,14 +49,14 @@ report: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf build $(VENV) kernels/*.so *.egg-info
+	rm -rf build $(VENV) kernels/*.so openllama/data/*.so *.egg-info
 
 # torch first and by itself: the build takes the one that is installed, and fetches no second one.
 $(VENV)/.torch:
 	@command -v $${CXX:-g++} >/dev/null || { echo "openllama: $${CXX:-g++} is missing: install g++ 11 or newer (Debian, Ubuntu: apt-get install g++) or name a compiler in CXX" >&2; exit 1; }
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v else f"openllama: Python {v[0]}.{v[1]} is too old: takes 3.10 or newer; name one with PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q --upgrade pip "setuptools>=77" ninja numpy
+	$(PIP) install -q --upgrade pip "setuptools>=77" ninja pybind11 numpy
 	@test ! -e $@ || $(PIP) uninstall -q -y torch
 	$(PIP) install $$TORCH
 	@echo "$$TORCH" >$@

@@ -1,4 +1,5 @@
-"""Builds `openllama/kernels/_C.abi3.so`: torch-free CUDA and CPU kernels, and their binding on torch's stable ABI.
+"""Builds `openllama/kernels/_C.abi3.so`: torch-free CUDA and CPU kernels, and their binding on torch's stable ABI; and
+`openllama/data/_host`: packing, on pybind11, without torch.
 
 ninja drives it, so that a second build compiles only what changed. Without nvcc (or with OPENLLAMA_CUDA=0) the CPU
 part is built alone. A failing compile is an error.
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -120,36 +122,53 @@ class Ninja:
 
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        try:
-            from torch.utils.cpp_extension import include_paths, library_paths
-        except ImportError:
-            fail(
-                "torch is not in the environment that builds: install torch (2.11 or newer) first, "
-                "then build with --no-build-isolation"
-            )
-        cxx, cuda = find_cxx(), find_cuda()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        ninja = Ninja(ROOT / "build" / "native")  # kept between builds, unlike build_temp
-        for source in sorted(CSRC.glob("cpu/*.cpp")):
-            for arch, flags in CPU_ARCHES.items():
-                ninja.compile(
-                    source, arch, [cxx, *CXX_FLAGS, *CPU_MATH, *flags, f"-DCPU_ARCH={arch}", "-MMD"], "-MF"
-                )
-        defines = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-        includes = [f"-isystem{path}" for path in include_paths()]
-        libraries = [*(f"-L{path}" for path in library_paths()), "-Wl,--no-as-needed", "-ltorch"]
-        if cuda:
-            nvcc, root = cuda
-            add_cuda(ninja, nvcc, cxx)
-            defines += ["-DUSE_CUDA", f'-DOPENLLAMA_ARCHES="{ARCH_NAMES}"']
-            includes += [f"-isystem{root / 'include'}"]
-            libraries += [f"-L{root / lib}" for lib in ("lib64", "lib") if (root / lib).is_dir()]
-            libraries += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-        for source in sorted(CSRC.glob("binding/*.cpp")):
-            ninja.compile(source, "torch", [cxx, *CXX_FLAGS, *defines, *includes, "-MMD"], "-MF")
-        ninja.link(target, [cxx, "-shared"], libraries)
+        # kept between builds, unlike build_temp
+        ninja = Ninja(ROOT / "build" / "native" / ext.name.rpartition(".")[2])
+        (build_host if ext.name.endswith("_host") else build_kernels)(ninja, target)
         ninja.run()
+
+
+def build_host(ninja: Ninja, target: Path) -> None:
+    try:
+        import pybind11
+    except ImportError:
+        fail("pybind11 is missing: pip install pybind11, then build with --no-build-isolation")
+    cxx = find_cxx()
+    includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+    for source in sorted(CSRC.glob("host/*.cpp")):
+        ninja.compile(source, "host", [cxx, *CXX_FLAGS, *includes, "-MMD"], "-MF")
+    ninja.link(target, [cxx, "-shared"], [])
+
+
+def build_kernels(ninja: Ninja, target: Path) -> None:
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError:
+        fail(
+            "torch is not in the environment that builds: install torch (2.11 or newer) first, "
+            "then build with --no-build-isolation"
+        )
+    cxx, cuda = find_cxx(), find_cuda()
+    for source in sorted(CSRC.glob("cpu/*.cpp")):
+        for arch, flags in CPU_ARCHES.items():
+            ninja.compile(
+                source, arch, [cxx, *CXX_FLAGS, *CPU_MATH, *flags, f"-DCPU_ARCH={arch}", "-MMD"], "-MF"
+            )
+    defines = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    includes = [f"-isystem{path}" for path in include_paths()]
+    libraries = [*(f"-L{path}" for path in library_paths()), "-Wl,--no-as-needed", "-ltorch"]
+    if cuda:
+        nvcc, root = cuda
+        add_cuda(ninja, nvcc, cxx)
+        defines += ["-DUSE_CUDA", f'-DOPENLLAMA_ARCHES="{ARCH_NAMES}"']
+        includes += [f"-isystem{root / 'include'}"]
+        libraries += [f"-L{root / lib}" for lib in ("lib64", "lib") if (root / lib).is_dir()]
+        libraries += ["-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    for source in sorted(CSRC.glob("binding/*.cpp")):
+        ninja.compile(source, "torch", [cxx, *CXX_FLAGS, *defines, *includes, "-MMD"], "-MF")
+    ninja.link(target, [cxx, "-shared"], libraries)
 
 
 class BuildPython(build_py):
@@ -176,7 +195,11 @@ def add_cuda(ninja: Ninja, nvcc: str, cxx: str) -> None:
 
 
 setup(
-    ext_modules=[Extension("openllama.kernels._C", [], py_limited_api=True)],
+    ext_modules=[
+        Extension("openllama.kernels._C", [], py_limited_api=True),
+        Extension(
+            "openllama.data._host", []
+        ),  # pybind11 needs more than the limited API, so a wheel is per Python
+    ],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

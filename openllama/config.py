@@ -138,8 +138,9 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        kind = next(a for a in args if a is not type(None))
-        return _convert(value, kind, where)
+        kinds = [a for a in args if a is not type(None)]
+        fitting = (a for a in kinds if isinstance(value, typing.get_origin(a) or a))
+        return _convert(value, next(fitting, kinds[0]), where)
     if origin is typing.Literal:
         if value not in args:
             raise ValueError(f"{where}: got {value!r}{nearest(str(value), map(str, args))}")
@@ -164,6 +165,8 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         raise ValueError(f"{where}: got {value!r}, takes a value of type {_type_name(kind)}")
     if isinstance(value, list) and args:
         return [_convert(v, args[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, dict) and args:
+        return {_convert(k, args[0], where): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     return value
 
 

@@ -15,6 +15,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -54,6 +55,9 @@ class Tokenizer:
                 f"{self.path}: takes a model with bos, eos and pad ids, byte fallback, identity normalisation and "
                 "no dummy prefix, else text does not survive; make it with train/train_tokenizer.py"
             )
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
+        return Tokenizer, (self.path,)  # for worker processes
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos or eos. Raises ValueError for lone surrogates: no UTF-8 holds them."""
@@ -152,10 +156,43 @@ def _explain(error: str, vocab_size: int) -> str:
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """UTF-8 bytes of `texts` over the number of their tokens: how far the tokenizer compresses."""
-    size = tokens = 0
-    for text in texts:
-        size += len(text.encode())
-        tokens += len(tokenizer.encode(text))
-    if not tokens:
+    return compression(tokenizer, ({"text": t, "meta": {"category": ""}} for t in texts))["all"]
+
+
+def compression(tokenizer: Tokenizer, documents: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """`bytes_per_token` of all documents, of each category, and of each language that `language` tells apart."""
+    sums: dict[str, list[int]] = {"all": [0, 0]}
+    for document in documents:
+        text = document["text"]
+        size, tokens = len(text.encode()), len(tokenizer.encode(text))
+        for name in ("all", f"category {document['meta']['category']}", f"language {language(text)}"):
+            counts = sums.setdefault(name, [0, 0])
+            counts[0] += size
+            counts[1] += tokens
+    if not sums["all"][1]:
         raise ValueError("texts: got no text, takes at least one token's worth")
-    return size / tokens
+    return {name: size / tokens for name, (size, tokens) in sorted(sums.items()) if tokens}
+
+
+# Letters that tell a language, or at least a script; the first whose share of all letters is large enough names it.
+_LETTERS = {
+    "Japanese": (re.compile("[\u3041-\u30ff]"), 0.05),  # kana, always amid Chinese characters
+    "Korean": (re.compile("[\uac00-\ud7a3]"), 0.2),
+    "Chinese": (re.compile("[\u3400-\u9fff]"), 0.2),
+    "Cyrillic script": (re.compile("[\u0400-\u04ff]"), 0.2),
+    "Greek script": (re.compile("[\u0370-\u03ff]"), 0.2),
+    "Arabic script": (re.compile("[\u0600-\u06ff]"), 0.2),
+    "Hebrew script": (re.compile("[\u0590-\u05ff]"), 0.2),
+    "Devanagari script": (re.compile("[\u0900-\u097f]"), 0.2),
+    "Thai script": (re.compile("[\u0e00-\u0e7f]"), 0.2),
+}
+_LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
+
+
+def language(text: str) -> str:
+    """The language that the letters of a text's first 4,096 characters tell: for statistics, not for filtering."""
+    text = text[:4096]
+    counts = {name: len(letters.findall(text)) for name, (letters, _) in _LETTERS.items()}
+    total = sum(counts.values()) + len(_LATIN.findall(text))
+    found = (name for name, (_, share) in _LETTERS.items() if counts[name] > share * total)
+    return next(found, "Latin script" if total else "no letters")

@@ -27,7 +27,7 @@ from openllama.data.bigram import bigram_loss
 from openllama.data.cache import TokenCache
 from openllama.data.loader import PackedLoader
 from openllama.data.prepare import prepare
-from openllama.data.prepare import sample as sample_texts
+from openllama.data.sample import sample as sample_documents
 from openllama.generate import sample
 from openllama.load import load_model
 from openllama.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ class Quickstart:
 
     def corpus(self) -> None:
         """Corpus: the Python source on this machine, as shards"""
-        shards = Path(self.settings.shards).parent
+        shards = Path(str(self.settings.shards)).parent
         made = prepare("python", shards, self.max_bytes)
         reused = "reusing" if made["reused"] else "wrote"
         size = made["text_bytes"] / 1e6
@@ -98,7 +98,11 @@ class Quickstart:
             print(f"reusing {path}: {self.spm.vocab_size:,} pieces")
             return
         began = time.monotonic()
-        self.spm = train_tokenizer(sample_texts(self.settings.shards, self.max_bytes), path, vocab)
+        self.spm = train_tokenizer(
+            (d["text"] for d in sample_documents({str(self.settings.shards): None}, self.max_bytes)),
+            path,
+            vocab,
+        )
         print(f"wrote {path}: {self.spm.vocab_size:,} pieces, {time.monotonic() - began:.1f} s")
 
     def pretrain(self) -> None:

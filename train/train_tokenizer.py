@@ -1,26 +1,40 @@
-"""Shards to a SentencePiece tokenizer, and how many bytes its tokens hold on them.
+"""Shards to a SentencePiece tokenizer, and how many bytes its tokens hold, by category and script.
 
 python train/train_tokenizer.py --shards runs/shards/train --vocab-size 4096 --out runs/tokenizer.model
+python train/train_tokenizer.py --shards runs/wudao/shards/train:5 --shards runs/pile/shards/train:10 \\
+    --vocab-size 100000 --out runs/tokenizer.model        # as Open-Llama: 5 shards of WuDao, 10 of the Pile
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 from openllama import cli
 
+REPORT_BYTES = 20_000_000  # of text, on which bytes per token are counted
 
-def main() -> None:
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--shards", required=True, help="folder made by train/prepare_data.py, e.g. runs/shards/train"
+        "--shards",
+        required=True,
+        action="append",
+        metavar="FOLDER[:N]",
+        help="folder made by train/prepare_data.py, e.g. runs/shards/train; N: only so many of its shards; may be "
+        "given again",
     )
     parser.add_argument("--out", required=True, help="where to write the model, e.g. runs/tokenizer.model")
     parser.add_argument(
-        "--vocab-size", type=int, default=4096, help="pieces, special ids and bytes included (default: 4096)"
+        "--vocab-size",
+        type=int,
+        default=100_000,
+        help="pieces, special ids and bytes included (default: 100000); what the text can't fill is an error that says "
+        "how many it can",
     )
     parser.add_argument(
         "--sample-bytes",
@@ -28,16 +42,46 @@ def main() -> None:
         default=100_000_000,
         help="train on about this much text, chosen by hash (default: 100 MB; lower it if memory runs out)",
     )
-    args = parser.parse_args()
-    from openllama import tokenizer
-    from openllama.data.prepare import sample
+    parser.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="CATEGORY=WEIGHT",
+        help="take so many times more of this category than of the others; 0: none; may be given again",
+    )
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = arguments()
+    from openllama import tokenizer
+    from openllama.data.sample import sample
+
+    folders = dict(map(folder_and_count, args.shards))
+    weights = dict(map(category_and_weight, args.weight))
     start = time.perf_counter()
-    trained = tokenizer.train(sample(args.shards, args.sample_bytes), args.out, args.vocab_size)
-    seconds = time.perf_counter() - start
-    rate = tokenizer.bytes_per_token(trained, sample(args.shards, 20_000_000))
-    print(f"wrote {args.out}: {trained.vocab_size:,} pieces, {seconds:.1f} s")
-    print(f"{rate:.3f} bytes per token on {args.shards}")
+    texts = (d["text"] for d in sample(folders, args.sample_bytes, weights))
+    trained = tokenizer.train(texts, args.out, args.vocab_size)
+    print(f"wrote {args.out}: {trained.vocab_size:,} pieces, {time.perf_counter() - start:.1f} s")
+    print("bytes per token, of texts held against it:")
+    for name, rate in tokenizer.compression(trained, sample(folders, REPORT_BYTES)).items():
+        print(f"  {rate:6.3f}  {name}")
+
+
+def folder_and_count(value: str) -> tuple[str, int | None]:
+    """FOLDER:N, or the name of a folder, which may hold a colon itself."""
+    folder, _, count = value.rpartition(":")
+    if folder and count.isdigit() and not Path(value).exists():
+        return folder, int(count)
+    return value, None
+
+
+def category_and_weight(value: str) -> tuple[str, float]:
+    category, _, weight = value.rpartition("=")
+    try:
+        return category, float(weight)
+    except ValueError:
+        raise ValueError(f"--weight: got {value!r}, takes CATEGORY=WEIGHT, e.g. Github=0.5") from None
 
 
 if __name__ == "__main__":

@@ -1,21 +1,16 @@
 """The token cache: a shard folder tokenised once, in parallel, and opened by memory map.
 
 tokens.bin holds every document as bos, ids, eos; offsets.npy (uint64) where each starts, and the end;
-cache.json, written last, says what it was made from.
+categories.npy (uint16) which of cache.json's names is each one's category; cache.json, written last, says what all of
+it was made from.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
-import types
+import time
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +20,31 @@ from openllama.files import file_written_aside, read_json, write_json
 from openllama.tokenizer import Tokenizer
 
 from . import shards
+from .documents import Document
+from .pool import ordered_map, process_count
 from .progress import bar
 
-VERSION = 1
-TOKENS, OFFSETS, INDEX = "tokens.bin", "offsets.npy", "cache.json"
+VERSION = 2
+TOKENS, OFFSETS, CATEGORIES, INDEX = "tokens.bin", "offsets.npy", "categories.npy", "cache.json"
+MOST_CATEGORIES = 1 << 16
 # Handed to a worker at once: characters of text, and at most so many texts. Small enough that memory stays
 # flat, large enough to hide the hand-over.
 BATCH_CHARACTERS, BATCH_TEXTS = 1 << 18, 256
 # Of text, at least: a process takes as long to start as it needs for about this much.
 BYTES_PER_PROCESS = 8 << 20
 
-_KEYS = ("tokens", "documents", "text_bytes", "vocab_size", "pad_id", "fingerprint", "dtype")
+_KEYS = ("tokens", "documents", "text_bytes", "categories", "vocab_size", "pad_id", "fingerprint", "dtype")
 _MADE_FROM = ("tokenizer", "shards")  # compared by `tokenize` only
 
-Encoded = tuple[np.ndarray, np.ndarray, int]  # ids of all documents, length of each, bytes of their text
+# ids of all documents; of each the length, the category, the bytes of its text
+Encoded = tuple[np.ndarray, np.ndarray, list[str], list[int]]
 
 
 class TokenCache:
     """A finished cache. `cache[i]` are the ids of document i (a view of the file); `lengths` those of all.
 
-    Also `tokens`, `text_bytes`, `vocab_size`, `pad_id`, and `fingerprint`, which stands for the tokens'
-    content.
+    `category_of` (uint16) numbers each one's category among `categories`, {name: bytes of its text}. Also `tokens`,
+    `text_bytes`, `vocab_size`, `pad_id`, and `fingerprint`, which stands for the tokens' content.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,14 +59,13 @@ class TokenCache:
         self.vocab_size: int = self.meta["vocab_size"]
         self.pad_id: int = self.meta["pad_id"]
         self.fingerprint: str = self.meta["fingerprint"]
+        self.categories: dict[str, int] = self.meta["categories"]
         dtype = np.dtype(self.meta["dtype"])
         self._expect(TOKENS, self.tokens * dtype.itemsize)
-        try:
-            self.offsets: np.ndarray = np.load(self.path / OFFSETS, mmap_mode="r").view(np.ndarray)
-        except (OSError, ValueError, EOFError) as e:
-            raise ValueError(f"{self.path / OFFSETS}: cannot be read ({e}); {_AGAIN}") from None
-        if len(self.offsets) != self.meta["documents"] + 1 or self.offsets[-1] != self.tokens:
+        self.offsets = self._load(OFFSETS, self.meta["documents"] + 1)
+        if self.offsets[-1] != self.tokens:
             raise ValueError(f"{self.path / OFFSETS}: does not fit {INDEX}; {_AGAIN}")
+        self.category_of = self._load(CATEGORIES, self.meta["documents"])
         # A plain view: indexing numpy's memmap class itself is slower.
         self.ids: np.ndarray = np.memmap(self.path / TOKENS, dtype, mode="r").view(np.ndarray)  # (tokens,)
 
@@ -76,6 +74,15 @@ class TokenCache:
         got = path.stat().st_size if path.exists() else "no such file"
         if got != size:
             raise ValueError(f"{path}: {INDEX} says {size} bytes, got {got}; {_AGAIN}")
+
+    def _load(self, name: str, length: int) -> np.ndarray:
+        try:
+            found = np.load(self.path / name, mmap_mode="r").view(np.ndarray)
+        except (OSError, ValueError, EOFError) as e:
+            raise ValueError(f"{self.path / name}: cannot be read ({e}); {_AGAIN}") from None
+        if len(found) != length:
+            raise ValueError(f"{self.path / name}: does not fit {INDEX}; {_AGAIN}")
+        return found
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -99,41 +106,41 @@ def tokenize(
     out_dir: str | Path,
     *,
     processes: int | None = None,
-    rebuild: bool = False,
     progress: bool = True,
 ) -> TokenCache:
     """Tokenises a shard folder into `out_dir`, or opens what the same shards and tokenizer gave before.
 
     `processes`: default one per core, fewer for a small corpus; the result does not depend on it. A cache
-    made from other shards or another tokenizer raises ValueError, or is made anew with `rebuild=True`. Empty
-    documents are left out.
+    made from other shards or another tokenizer raises ValueError. Says how fast it was, with `progress`.
     """
-    if processes is not None and processes < 1:
-        raise ValueError(f"processes: got {processes}, takes a whole number of at least 1, or None to choose")
     manifest = shards.read_manifest(shards_dir)
     out, made_from = Path(out_dir), _made_from(shards_dir, tokenizer)
     if (out / INDEX).exists():
         if not (stale := _differences(read_json(out / INDEX, VERSION, _MADE_FROM), made_from)):
             return TokenCache(out)
-        if not rebuild:
-            raise ValueError(f"{out}: made from {stale}; remove {out}, or choose another `out`")
-        (out / INDEX).unlink()  # first, so that a kill from here on leaves no cache rather than a wrong one
-    processes = processes or min(cores(), 1 + manifest["text_bytes"] // BYTES_PER_PROCESS)
-    out.mkdir(parents=True, exist_ok=True)
-    texts = (document["text"] for document in shards.read_shards(shards_dir))
-    with bar("tokenising", manifest["text_bytes"], progress) as advance:
-        counts = _write(out, made_from["dtype"], _encode_all(_batches(texts), tokenizer, processes), advance)
-    if not counts["documents"]:
+        raise ValueError(f"{out}: made from {stale}; remove {out}, or choose another `out`")
+    if len(manifest["categories"]) > MOST_CATEGORIES:
         raise ValueError(
-            f"{shards_dir}: all of its {manifest['lines']} documents are empty, takes some with text"
+            f"{shards_dir}: {len(manifest['categories']):,} categories, takes at most {MOST_CATEGORIES:,}; "
+            "prepare it with another category key"
+        )
+    processes = process_count(processes, manifest["text_bytes"], BYTES_PER_PROCESS)
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with bar("tokenising", manifest["text_bytes"], progress) as advance:
+        batches = _batches(shards.read_shards(shards_dir))
+        counts = _write(
+            out, made_from["dtype"], ordered_map(_encode, batches, processes, (tokenizer,)), advance
         )
     write_json(out / INDEX, {"version": VERSION, **made_from, **counts})
+    if progress:
+        seconds = time.perf_counter() - began
+        print(
+            f"tokenised {counts['tokens']:,} tokens in {seconds:.1f} s: {counts['tokens'] / seconds:,.0f} tokens/s, "
+            f"{processes} process{'es' * (processes > 1)}",
+            flush=True,
+        )
     return TokenCache(out)
-
-
-def cores() -> int:
-    """Cores this process may use; os.cpu_count() would ignore a container's CPU set."""
-    return len(os.sched_getaffinity(0))
 
 
 def _made_from(shards_dir: str | Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -157,12 +164,13 @@ def _differences(meta: dict[str, Any], made_from: dict[str, Any]) -> str:
     )
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, str]]]:
+    """(text, category) of some documents at a time."""
+    batch: list[tuple[str, str]] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append((document["text"], document["meta"]["category"]))
+        size += len(document["text"])
         if size >= BATCH_CHARACTERS or len(batch) == BATCH_TEXTS:
             yield batch
             batch, size = [], 0
@@ -170,63 +178,37 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+def _encode(batch: list[tuple[str, str]], tokenizer: Tokenizer) -> Encoded:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    documents = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts if text]
-    ids = np.concatenate([np.array(d, dtype) for d in documents]) if documents else np.zeros(0, dtype)
-    return ids, np.array([len(d) for d in documents], np.uint64), sum(len(text.encode()) for text in texts)
-
-
-def _encode_all(batches: Iterator[list[str]], tokenizer: Tokenizer, processes: int) -> Iterator[Encoded]:
-    if processes == 1:
-        yield from (_encode(tokenizer, batch) for batch in batches)
-        return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (tokenizer.path,))
-    # bounded: reading never runs far ahead; and in the documents' order
-    waiting: deque[Future[Encoded]] = deque()
-    with _no_main_module(), pool:
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_work, batch))
-                if len(waiting) > 4 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start(path: Path) -> None:
-    global _tokenizer
-    _tokenizer = Tokenizer(path)
-
-
-def _work(texts: list[str]) -> Encoded:
-    return _encode(_tokenizer, texts)
-
-
-@contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Spawned workers would first run the caller's script again (its imports cost seconds each, and one
-    without a `__main__` guard would start over); they need nothing of it."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    documents = [
+        np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype) for text, _ in batch
+    ]
+    lengths = np.array([len(d) for d in documents], np.uint64)
+    sizes = [len(text.encode()) for text, _ in batch]
+    return np.concatenate(documents), lengths, [category for _, category in batch], sizes
 
 
 def _write(
     out: Path, dtype: str, results: Iterable[Encoded], advance: Callable[[int], None]
-) -> dict[str, int]:
-    offsets, text_bytes = array("Q", [0]), 0
+) -> dict[str, Any]:
+    offsets, numbers = array("Q", [0]), array("H")
+    text_bytes: dict[str, int] = {}  # of each category, in the order they come
+    order: dict[str, int] = {}
     with file_written_aside(out / TOKENS) as file:
-        for ids, lengths, size in results:
+        for ids, lengths, categories, sizes in results:
             file.write(ids.astype(dtype, copy=False).tobytes())
             offsets.extend((np.cumsum(lengths, dtype=np.uint64) + np.uint64(offsets[-1])).tolist())
-            text_bytes += size
-            advance(size)
+            for name, size in zip(categories, sizes):
+                text_bytes[name] = text_bytes.get(name, 0) + size
+                numbers.append(order.setdefault(name, len(order)))
+            advance(sum(sizes))
     with file_written_aside(out / OFFSETS) as file:
         np.save(file, np.frombuffer(offsets, np.uint64))
-    return {"documents": len(offsets) - 1, "tokens": offsets[-1], "text_bytes": text_bytes}
+    with file_written_aside(out / CATEGORIES) as file:
+        np.save(file, np.frombuffer(numbers, np.uint16))
+    return {
+        "documents": len(offsets) - 1,
+        "tokens": offsets[-1],
+        "text_bytes": sum(text_bytes.values()),
+        "categories": text_bytes,
+    }

@@ -1,55 +1,92 @@
-"""Lines of plain, gzip and zstd files, decompressed in pieces: memory does not grow with a file's size."""
+"""Bytes and lines of plain, gzip and zstd files, in pieces: memory grows neither with a file's size nor with what a
+hostile one expands to."""
 
 from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import zstandard
 
-CHUNK = 1 << 14  # compressed bytes read at once; text rarely expands more than tenfold, so this bounds memory
+PIECE = 1 << 14  # bytes read at once
+ZSTD_PIECE = 512  # zstd can make 128 KiB of 4 bytes: this holds a decompression bomb to 16 MiB a piece
+LONGEST = 128 << 20  # bytes of a line; a longer one is no text, and would fill the memory
+
+Advance = Callable[[int], None]  # told the bytes just read from the disk
 
 
 class Unreadable(Exception):
-    """Says why one file or line gives no document. Inside this package only: `Damage.note` decides."""
+    """Says why one file or record gives no document. Inside this package only: `Damage.note` decides."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
 
 
-def lines(path: str | Path) -> Iterator[bytes]:
-    """Lines of a plain, gzip or zstd file (by its ending). Raises Unreadable where a damaged one ends."""
-    chunks = (
-        _zstd(path)
-        if str(path).endswith(".zst")
-        else _gzip(path)
-        if str(path).endswith(".gz")
-        else _plain(path)
-    )
-    parts: list[bytes] = []  # of the line not yet ended; joined once, so that a long line costs linear time
-    for chunk in chunks:
-        first, *rest = chunk.split(b"\n")
-        parts.append(first)
-        for piece in rest:
-            yield b"".join(parts)
-            parts = [piece]
-    if any(parts):
-        yield b"".join(parts)
+def lines(
+    path: str | Path, advance: Advance = lambda _: None, longest: int = LONGEST
+) -> Iterator[bytes | Unreadable]:
+    """Lines of a plain, gzip or zstd file (by its ending), without their ends; where one cannot be used, why.
+
+    A line of more than `longest` bytes is passed over. Where a file is damaged, its whole lines come first, then the
+    reason, and that is the end.
+    """
+    held: list[bytes] = []  # of the line not yet ended; joined once, so that a long line costs linear time
+    size, found = 0, False
+    try:
+        for chunk in chunks(path, advance):
+            found = True
+            *ended, rest = chunk.split(b"\n")
+            for piece in ended:
+                held.append(piece)
+                yield _line(held, size + len(piece), longest)
+                held, size = [], 0
+            held.append(rest)
+            if (size := size + len(rest)) > longest:
+                held.clear()
+    except Unreadable as why:
+        yield why
+        return
+    if size:
+        yield _line(held, size, longest)
+    elif not found:
+        yield Unreadable("empty file")
 
 
-def _plain(path: str | Path) -> Iterator[bytes]:
+def _line(held: list[bytes], size: int, longest: int) -> bytes | Unreadable:
+    if size > longest:
+        return Unreadable("line too long", f"{size:,} bytes, takes at most {longest:,}")
+    return b"".join(held)
+
+
+def chunks(path: str | Path, advance: Advance = lambda _: None) -> Generator[bytes, None, None]:
+    """The decompressed bytes of a file, in pieces; never an empty one. Raises Unreadable where it is damaged."""
+    kind = _zstd if str(path).endswith(".zst") else _gzip if str(path).endswith(".gz") else _plain
+    try:
+        yield from kind(path, advance)
+    except OSError as e:
+        raise Unreadable("cannot be read", e.strerror or str(e)) from None
+
+
+def _plain(path: str | Path, advance: Advance) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(PIECE):
+            advance(len(chunk))
             yield chunk
 
 
-def _gzip(path: str | Path) -> Iterator[bytes]:
-    with gzip.open(path, "rb") as file:
+def _gzip(path: str | Path, advance: Advance) -> Iterator[bytes]:
+    with open(path, "rb") as raw, gzip.open(raw, "rb") as file:
+        at = 0
         try:
-            while chunk := file.read1(CHUNK):  # read would drop what lies before a damaged place
+            while chunk := file.read1(PIECE):  # read would drop what lies before a damaged place
+                advance(raw.tell() - at)
+                at = raw.tell()
                 yield chunk
         except EOFError:
             raise Unreadable("truncated gzip") from None
@@ -57,12 +94,13 @@ def _gzip(path: str | Path) -> Iterator[bytes]:
             raise Unreadable("not gzip, or corrupt", str(e)) from None
 
 
-def _zstd(path: str | Path) -> Iterator[bytes]:
+def _zstd(path: str | Path, advance: Advance) -> Iterator[bytes]:
     """Frame by frame with decompressobj: zstandard's stream_reader ends silently where a frame is cut off."""
     frame = None
     with open(path, "rb") as file:
         try:
-            while chunk := file.read(CHUNK):
+            while chunk := file.read(ZSTD_PIECE):
+                advance(len(chunk))
                 while chunk:
                     frame = frame or zstandard.ZstdDecompressor().decompressobj()
                     if text := frame.decompress(chunk):

@@ -1,64 +1,89 @@
-"""Documents to pieces to packs: cutting at the context length, and best-fit packing."""
+"""Documents to packs, and packs to batches: best-fit packing by whole documents, in the native host module."""
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
 import numpy as np
 
+from . import twin
 
-def cut(lengths: np.ndarray, context: int) -> np.ndarray:
-    """Cuts documents into pieces of at most `context` inputs: int64 rows (document, start, length).
+IGNORED = -100  # label of padding, as in PyTorch's cross-entropy
+LONG = ("split", "sample", "truncate")
 
-    A document of n tokens has n - 1 labels. A piece reads tokens start .. start + length: all but the last
-    are inputs, all but the first are labels. So neighbours share one token, and each token but a document's
-    first is a label exactly once:
 
-        tokens       0 1 2 3 4 5 6          context 4
-        inputs       0 1 2 3 | 4 5
-        labels         1 2 3   4 | 5 6
+class Packs(NamedTuple):
+    """Pieces of documents in the order of their packs. Tokens are counted over all files of a corpus."""
+
+    source: np.ndarray  # int64 (pieces,), where the first token lies
+    length: np.ndarray  # int32 (pieces,), inputs; the labels lie one token further
+    slack: np.ndarray  # int64 (pieces,), how much further on a sampled piece may start
+    first: np.ndarray  # int64 (packs + 1,), first piece of each pack, and the end
+
+
+@functools.cache
+def host() -> ModuleType:
+    """The native module, or, with a warning, its twin."""
+    try:
+        from . import _host  # type: ignore[attr-defined]
+    except ImportError as e:
+        warnings.warn(
+            f"openllama.data._host is not built for this Python ({e}): packing runs in numpy, much slower; "
+            "build with `pip install --no-build-isolation -e .`",
+            stacklevel=2,
+        )
+        return twin
+    return _host
+
+
+def pack(start: np.ndarray, tokens: np.ndarray, context: int, long: str = "split") -> Packs:
+    """Packs documents into rows of `context` inputs, by best fit (decreasing): whole documents wherever they fit.
+
+    Args:
+        start: int64 (documents,), where each document's tokens begin.
+        tokens: int64 (documents,), their number; one of n tokens has n - 1 labels, so n < 2 gives nothing.
+        context: inputs in a pack.
+        long: what becomes of a document with more than `context` labels. "split": consecutive pieces that share one
+            token, so that each token but the first is a label once. "sample": one piece, which starts elsewhere in each
+            epoch. "truncate": its first piece.
+
+    Raises:
+        ValueError: naming the argument.
     """
-    _positive("context", context)
-    labels = np.maximum(np.asarray(lengths, np.int64) - 1, 0)
-    pieces = -(-labels // context)
-    document = np.repeat(np.arange(len(labels)), pieces)
-    first = np.cumsum(pieces) - pieces  # row of each document's first piece
-    start = (np.arange(len(document)) - first[document]) * context
-    return np.stack([document, start, np.minimum(context, labels[document] - start)], axis=1)
+    if not 1 <= context < 2**31:
+        raise ValueError(f"context: got {context}, takes a whole number from 1 to below 2^31")
+    if long not in LONG:
+        raise ValueError(f"long: got {long!r}, takes {', '.join(LONG)}")
+    if len(start) != len(tokens):
+        raise ValueError(f"tokens: got {len(tokens)} documents, start has {len(start)}")
+    made = host().pack(np.asarray(start, np.int64), np.asarray(tokens, np.int64), context, long)
+    return Packs(*made)
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Best-fit decreasing: the bin number (from 0) of each piece, so that no bin holds more than `capacity`
-    tokens.
+def fill(
+    tokens: Sequence[np.ndarray],
+    packed: Packs,
+    packs: np.ndarray,
+    batch: int,
+    context: int,
+    pad: int,
+    key: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, int]:
+    """A batch of packs, flat; those missing to `batch` are all padding, and padding closes a pack as its own piece.
 
-    The longest piece goes first, each into the fullest bin that still takes it, else into a new one; ties go
-    to the earlier piece and the bin last touched. Linear: bins are kept by their remaining room, a bit mask
-    of rooms finds the tightest.
+    Args:
+        tokens: the files' ids, uint16 or uint32, one dtype for all.
+        packed: what `pack` made.
+        packs: int64, at most `batch` numbers of packs.
+        pad: id of padding; its labels are IGNORED.
+        key: 64 bits that fix where sampled pieces start.
+
+    Returns:
+        ids, labels: int64 (batch * context,); positions: int32, from 0 in each piece; cu_seqlens: int32 (pieces + 1,);
+        the longest piece's tokens; the number of labels that count.
     """
-    _positive("capacity", capacity)
-    lengths = np.asarray(lengths, np.int64)
-    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
-        raise ValueError(f"lengths: got {lengths.min()} to {lengths.max()}, takes 1 to capacity={capacity}")
-    order = np.argsort(-lengths, kind="stable")
-    full = int(np.searchsorted(-lengths[order], -capacity, side="right"))  # these fill a bin each
-    bins = np.empty(len(lengths), np.int64)
-    bins[order[:full]] = np.arange(full)
-    by_room: list[list[int]] = [[] for _ in range(capacity)]
-    rooms, count, chosen = 0, full, []  # bit r of rooms: some bin has room for r more tokens
-    for length in lengths[order[full:]].tolist():
-        if fitting := rooms >> length:
-            room = length + (fitting & -fitting).bit_length() - 1
-            number = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, number, count = capacity, count, count + 1
-        if left := room - length:
-            by_room[left].append(number)
-            rooms |= 1 << left
-        chosen.append(number)
-    bins[order[full:]] = chosen
-    return bins
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, takes a whole number of at least 1")
+    return host().fill(tokens, *packed, packs, batch, context, pad, IGNORED, key)

@@ -1,22 +1,87 @@
-"""A source of text to training and held-out shards."""
+"""A source of text to training and held-out shards: read and written here, parsed and checked by other processes.
+
+Whatever completes a shard is noted in `.unfinished/journal.json`, so that a run that was interrupted goes on from
+there, to the same bytes.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from openllama.files import read_json, write_json
+
+from .documents import Damage, Fields, document
+from .lines import Unreadable
+from .pool import ordered_map, process_count
 from .progress import bar
-from .readers import Damage, Document, read, source_files
-from .shards import LINES_PER_SHARD, ShardWriter, read_manifest, read_shards, reusable
+from .shards import LINES_PER_SHARD, MANIFEST, ShardWriter, encode, reusable
+from .sources import PYTHON, START, Place, Record, Source, open_source
 
-UNFINISHED = ".unfinished"  # shards are made here and renamed when all are complete
-ENDS = 1 << 16  # bytes of each end of a source's file that are compared when shards are reused
+VERSION = 1
+UNFINISHED, JOURNAL = ".unfinished", "journal.json"  # shards are made there and renamed when all are complete
+# Handed to a process at once: large enough to hide the hand-over, small enough that memory stays flat.
+BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1024
+BYTES_PER_PROCESS = (
+    32 << 20
+)  # of the source: a process takes as long to start as it needs for about this much
+
+
+class Corpus(NamedTuple):
+    """A published data set: its keys, and how many lines Open-Llama's preparation made of the whole of it."""
+
+    fields: Fields
+    lines: int
+
+
+CORPORA = {
+    "pile": Corpus(Fields(("text",), "meta.pile_set_name"), 210_607_728),
+    "wudao": Corpus(Fields(("title", "content"), "dataType"), 59_132_213),
+}
+
+
+class Prepared(NamedTuple):
+    """What a process makes of a record: a shard's line, or why there is none."""
+
+    place: Place
+    line: bytes | Unreadable
+    category: str
+    text_bytes: int
+    fraction: float  # which decides between training and held-out
+    file: str
+
+
+@dataclass
+class Counts:
+    """How far a run has come: all of it is restored when it goes on."""
+
+    damage: Damage
+    place: Place = START
+    documents: int = 0
+    text_bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "damage": self.damage.to_dict()}
+
+
+@dataclass
+class Split:
+    """A split being written, and the counts when its last complete part was: what a later run goes on from."""
+
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    reached: dict[str, Any] | None = None
+
+    @property
+    def place(self) -> Place:
+        return tuple(self.reached["place"]) if self.reached else START  # type: ignore[return-value]
 
 
 def fraction(text: str, salt: str = "") -> float:
@@ -30,29 +95,53 @@ def prepare(
     max_bytes: int | None = None,
     valid_share: float = 0.02,
     *,
+    fields: Fields = Fields(),  # noqa: B008 frozen
     on_damage: str = "skip",
     lines_per_shard: int = LINES_PER_SHARD,
+    processes: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Writes `out`/train and, unless `valid_share` is 0, `out`/valid; returns what was made.
 
     Takes documents in order up to the first that would exceed `max_bytes` of UTF-8 text. A document is held
-    out if the hash of its text falls below `valid_share`. Shards made before with equal settings are reused;
-    others raise. Returns {"reused", "train", "valid" (manifests; valid is None at share 0), "documents",
-    "text_bytes", "seconds"}.
+    out if the hash of its text falls below `valid_share`. Shards made before with equal settings are reused,
+    unfinished ones completed; others raise. The result does not depend on `processes` (default: one per core, fewer
+    for a small source).
+
+    Args:
+        source: see `sources.open_source`.
+        fields: the keys of text and category in a record.
+        on_damage: "skip" counts what cannot be used, with examples, in the manifest; "raise" stops at the first.
+
+    Returns:
+        {"reused", "train", "valid" (manifests; valid is None at share 0), "documents", "text_bytes", "seconds"}.
     """
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes: got {max_bytes}, takes a whole number of at least 1, or None for all")
     if not 0 <= valid_share < 1:
         raise ValueError(f"valid_share: got {valid_share}, takes a number from 0 to below 1")
-    out, start = Path(out), time.perf_counter()
-    settings = _settings(source, max_bytes, valid_share, on_damage, lines_per_shard)
+    opened, out, start = open_source(source, fields), Path(out), time.perf_counter()
+    settings = {
+        "source": opened.name,
+        "source_bytes": opened.size,
+        "source_fingerprint": opened.fingerprint,
+        "text_keys": list(fields.text),
+        "category_key": fields.category,
+        "max_bytes": max_bytes,
+        "valid_share": valid_share,
+        "on_damage": "skip"
+        if opened.name == PYTHON
+        else on_damage,  # Python ships files that can't be decoded
+        "lines_per_shard": lines_per_shard,
+    }
     splits = ["train", "valid"] if valid_share else ["train"]
-    manifests = {s: reusable(out / s, settings | {"split": s}) for s in splits}
-    reused = all(manifests.values())
-    if not reused:
-        manifests = _write(source, out, settings, splits, Damage(on_damage), progress)
-    made = [m for m in manifests.values() if m]
+    manifests = _complete(out, splits, settings)
+    if not (reused := bool(manifests)):
+        work = min(max_bytes or opened.size or 0, opened.size or max_bytes or 0)
+        processes = process_count(processes, work, BYTES_PER_PROCESS)
+        _write(opened, fields, out, splits, settings, processes, progress)
+        manifests = _complete(out, splits, settings)
+    made = list(manifests.values())
     return {
         "reused": reused,
         "train": manifests["train"],
@@ -63,99 +152,180 @@ def prepare(
     }
 
 
-def _settings(
-    source: str | Path, max_bytes: int | None, valid_share: float, on_damage: str, lines_per_shard: int
-) -> dict[str, Any]:
-    # The files, so that a changed source is noticed. Not for "python": installing a package must not
-    # invalidate shards.
-    files = [] if str(source) == "python" else source_files(source)
-    return {
-        "source": str(source),
-        "source_bytes": sum(p.stat().st_size for p in files) if files else None,
-        "source_fingerprint": _fingerprint(files) if files else None,
-        "max_bytes": max_bytes,
-        "valid_share": valid_share,
-        "on_damage": on_damage,
-        "lines_per_shard": lines_per_shard,
-    }
-
-
-def _fingerprint(files: list[Path]) -> str:
-    """Stands for the files' names, sizes, and first and last bytes: cheap for a corpus of any size."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(ENDS))
-            file.seek(max(ENDS, size - ENDS))
-            digest.update(file.read(ENDS))
-    return digest.hexdigest()[:16]
+def _complete(out: Path, splits: list[str], settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The manifests, once each split is complete: what still lies in the unfinished folder then takes its place."""
+    found = {}
+    for split in splits:
+        aside = out / UNFINISHED / split
+        place = aside if (aside / MANIFEST).exists() else out / split
+        found[split] = place, reusable(place, settings | {"split": split})
+    if not all(manifest for _, manifest in found.values()):
+        return {}
+    for split, (place, _) in found.items():
+        if place != out / split:
+            shutil.rmtree(
+                out / split, ignore_errors=True
+            )  # empty, else `reusable` would have found or refused it
+            os.replace(place, out / split)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    return {split: manifest for split, (_, manifest) in found.items() if manifest}
 
 
 def _write(
-    source: str | Path, out: Path, settings: dict[str, Any], splits: list[str], damage: Damage, progress: bool
-) -> dict[str, dict[str, Any] | None]:
-    unfinished = out / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    source: Source,
+    fields: Fields,
+    out: Path,
+    splits: list[str],
+    settings: dict[str, Any],
+    processes: int,
+    progress: bool,
+) -> None:
+    folder = out / UNFINISHED
+    for split in splits:  # an older result that cannot be reused is an error before any work
+        reusable(out / split, settings | {"split": split})
+    state = _read_journal(folder, splits, settings)
     try:
-        manifests = _fill(source, unfinished, settings, splits, damage, progress)
-        for split in reversed(splits):  # train last: after a kill in between, the next run makes both again
-            if (out / split).exists():
-                # empty, or complete with equal settings: `reusable` has seen to that
-                shutil.rmtree(out / split)
-            os.replace(unfinished / split, out / split)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return manifests
+        _fill(source, fields, folder, state, settings, processes, progress)
+    except BaseException:
+        if not (folder / JOURNAL).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # nothing in it that a later run could use
+        raise
+
+
+def _read_journal(folder: Path, splits: list[str], settings: dict[str, Any]) -> dict[str, Split]:
+    """What an interrupted run has completed. Raises ValueError where that had other settings."""
+    path = folder / JOURNAL
+    if not path.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        return {split: Split() for split in splits}
+    journal = read_json(path, VERSION, ("settings", "splits"))
+    old = journal["settings"]
+    if differing := [k for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]:
+        what = "; ".join(f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in differing)
+        raise ValueError(
+            f"{folder}: an interrupted run had other settings ({what}); go on with those, or remove the folder"
+        )
+    state = {split: Split(**journal["splits"][split]) for split in splits}
+    for split, found in state.items():
+        names = {shard["name"] for shard in found.shards}
+        (folder / split).mkdir(exist_ok=True)
+        for path in (folder / split).iterdir():
+            if path.name not in names:
+                path.unlink()
+        for shard in found.shards:
+            path = folder / split / shard["name"]
+            if not path.exists() or path.stat().st_size != shard["bytes"]:
+                raise ValueError(f"{path}: not as the interrupted run left it; remove {folder} to start anew")
+    return state
 
 
 def _fill(
-    source: str | Path,
+    source: Source,
+    fields: Fields,
     folder: Path,
+    state: dict[str, Split],
     settings: dict[str, Any],
-    splits: list[str],
-    damage: Damage,
+    processes: int,
     progress: bool,
-) -> dict[str, dict[str, Any] | None]:
+) -> None:
     limit, share = settings["max_bytes"], settings["valid_share"]
+    counts = _restore(state, settings["on_damage"])
     with ExitStack() as stack:
-        advance = stack.enter_context(bar(f"reading {source}", limit or settings["source_bytes"], progress))
+        advance = stack.enter_context(bar(f"reading {source.name}", limit or source.size, progress))
+        advance(counts.text_bytes if limit else 0)
         writers = {
-            s: stack.enter_context(
-                ShardWriter(folder / s, settings | {"split": s}, settings["lines_per_shard"], damage)
+            name: stack.enter_context(
+                ShardWriter(
+                    folder / name,
+                    settings | {"split": name},
+                    settings["lines_per_shard"],
+                    counts.damage,
+                    split.shards,
+                    processes,
+                )
             )
-            for s in splits
+            for name, split in state.items()
         }
-        count, text_bytes = dict.fromkeys(splits, 0), 0
-        for document, size in _up_to(read(source, damage=damage), limit):
-            split = "valid" if fraction(document["text"]) < share else "train"
-            writers[split].write(document)
-            count[split] += 1
-            text_bytes += size
-            advance(size)
-        total = sum(count.values())
-        if total and not text_bytes:
-            raise ValueError(f"{source}: its {total:,} documents hold no text; give a source with text")
-        if total and (empty := [s for s in splits if not count[s]]):
-            raise ValueError(
-                f"{folder.parent / empty[0]}: none of the source's {total:,} documents fell into it at valid_share={share} "
-                "(a document is chosen by its hash); give more documents, another valid_share, or 0 to hold out none"
-            )
-    return {s: w.manifest for s, w in writers.items()}
+        records = source.records(counts.place, (lambda _: None) if limit else advance)
+        results = ordered_map(_prepare, _batches(records), processes, (fields,))
+        stack.callback(results.close)
+        for made in (made for batch in results for made in batch):
+            counts.place = made.place
+            if isinstance(made.line, Unreadable):
+                counts.damage.note(made.file, made.place[1], made.line)
+                continue
+            if limit is not None and counts.text_bytes + made.text_bytes > limit:
+                break
+            counts.documents, counts.text_bytes = counts.documents + 1, counts.text_bytes + made.text_bytes
+            name = "valid" if made.fraction < share else "train"
+            split, writer = state[name], writers[name]
+            if made.place > split.place and writer.write_line(made.line, made.category, made.text_bytes):
+                split.shards, split.reached = writer.shards, counts.to_dict()
+                _write_journal(folder, state, settings)
+            advance(made.text_bytes if limit else 0)
+        _check_not_empty(source, folder, state, writers, counts, share)
 
 
-def _up_to(documents: Iterator[Document], limit: int | None) -> Iterator[tuple[Document, int]]:
-    total = 0
-    for document in documents:
-        size = len(document["text"].encode())
-        total += size
-        if limit is not None and total > limit:
-            return
-        yield document, size
+def _restore(state: dict[str, Split], on_damage: str) -> Counts:
+    """The counts at the earliest place from which some split still lacks documents."""
+    first = min(state.values(), key=lambda split: split.place)
+    if first.reached is None:
+        return Counts(Damage(on_damage))
+    damage = Damage(on_damage, **copy.deepcopy(first.reached["damage"]))  # the journal's stays as it is
+    return Counts(**{**first.reached, "damage": damage, "place": first.place})
 
 
-def sample(folder: str | Path, max_bytes: int) -> Iterator[str]:
-    """Texts of a shard folder, about `max_bytes` of them by hash: spread evenly, the same every time."""
-    share = max_bytes / read_manifest(folder)["text_bytes"]
-    return (d["text"] for d in read_shards(folder) if share >= 1 or fraction(d["text"], "sample") < share)
+def _write_journal(folder: Path, state: dict[str, Split], settings: dict[str, Any]) -> None:
+    splits = {name: vars(split) for name, split in state.items()}
+    write_json(folder / JOURNAL, {"version": VERSION, "settings": settings, "splits": splits})
+
+
+def _check_not_empty(
+    source: Source,
+    folder: Path,
+    state: dict[str, Split],
+    writers: dict[str, ShardWriter],
+    counts: Counts,
+    share: float,
+) -> None:
+    if not counts.documents:
+        skipped = ", ".join(f"{n:,} x {reason}" for reason, n in sorted(counts.damage.counts.items()))
+        raise ValueError(
+            f"{source.name}: no document was taken of it (skipped: {skipped or 'none'}); "
+            "give a source with text, other keys, or a larger max_bytes"
+        )
+    if empty := [name for name, writer in writers.items() if writer.empty]:
+        raise ValueError(
+            f"{folder.parent / empty[0]}: none of the source's {counts.documents:,} documents fell into it at "
+            f"valid_share={share} (a document is chosen by its hash); give more documents, another valid_share, or 0 to "
+            "hold out none"
+        )
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.data) if isinstance(record.data, (bytes, str)) else 1 << 12  # a row: some pages
+        if size >= BATCH_BYTES or len(batch) == BATCH_RECORDS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _prepare(batch: Sequence[Record], fields: Fields) -> list[Prepared]:
+    return [_prepare_one(record, fields) for record in batch]
+
+
+def _prepare_one(record: Record, fields: Fields) -> Prepared:
+    number, path = record.place[1], record.file
+    try:
+        made = document(record.data, fields, record.category, f"{path}:{number}" if number else path)
+    except Unreadable as why:
+        return Prepared(record.place, why, "", 0, 0.0, path)
+    text = made["text"]
+    return Prepared(
+        record.place, encode(made), made["meta"]["category"], len(text.encode()), fraction(text), path
+    )

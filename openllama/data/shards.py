@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +17,11 @@ import zstandard
 
 from openllama.files import check_keys, file_written_aside, read_json, sha256_of, write_json
 
+from .documents import Damage, DamagedData, Document, Fields, document, parse
+from .formats import Data, json_lines
 from .lines import Unreadable
-from .readers import Damage, DamagedData, Document, records
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 LINES_PER_SHARD = 16384
 ZSTD_LEVEL = 3  # zstd's default; decompression speed hardly depends on it
@@ -30,8 +30,9 @@ ZSTD_LEVEL = 3  # zstd's default; decompression speed hardly depends on it
 class ShardWriter:
     """Writes documents to `folder`; used as a context manager, which on a clean exit writes the manifest.
 
-    `settings` is stored in the manifest and decides whether a later run may reuse the folder. An exit without
-    any document raises ValueError; an exit through an error leaves no half-written part and no manifest.
+    `settings` is stored in the manifest and decides whether a later run may reuse the folder. With `finished`, entries
+    of parts that an interrupted run completed, it goes on after those. An exit without any document raises ValueError;
+    an exit through an error leaves no half-written part and no manifest.
     """
 
     def __init__(
@@ -40,38 +41,56 @@ class ShardWriter:
         settings: dict[str, Any],
         lines_per_shard: int = LINES_PER_SHARD,
         damage: Damage | None = None,
+        finished: Sequence[dict[str, Any]] = (),
+        processes: int = 1,
     ) -> None:
         if lines_per_shard < 1:
             raise ValueError(f"lines_per_shard: got {lines_per_shard}, takes a whole number of at least 1")
         self.folder, self.settings, self.damage = Path(folder), settings, damage or Damage()
-        self.lines_per_shard = lines_per_shard
+        self.lines_per_shard, self._processes = lines_per_shard, processes
         self.manifest: dict[str, Any] = {}
-        self._shards: list[dict[str, Any]] = []
-        self._categories: Counter[str] = Counter()
-        self._lines = self._text_bytes = self._total_lines = 0
+        self.shards = list(finished)
+        self._lines = 0
         self._part = ExitStack()  # holds the part being written
-        if self.folder.exists() and any(self.folder.iterdir()):
+        known = {MANIFEST, *(shard["name"] for shard in self.shards)}
+        if self.folder.exists() and any(p.name not in known for p in self.folder.iterdir()):
             raise FileExistsError(
                 f"{self.folder}: takes a new or empty folder for shards; remove it or name another"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, document: Document) -> None:
+    @property
+    def empty(self) -> bool:
+        return not self.shards and not self._lines
+
+    def write(self, document: Document) -> bool:
+        """Whether this document completed a part."""
+        return self.write_line(encode(document), document["meta"]["category"], len(document["text"].encode()))
+
+    def write_line(self, line: bytes, category: str, text_bytes: int) -> bool:
+        """`write` of what `encode` gave, for a caller that has the line already."""
         if not self._lines:
             self._open()
-        line = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
         self._put(self._zstd.compress(line))
         self._lines += 1
-        self._text_bytes += len(document["text"].encode())
-        self._categories[document["meta"]["source"]] += 1
-        if self._lines == self.lines_per_shard:
-            self._close()
+        counts = self._categories.setdefault(category, [0, 0])
+        counts[0] += 1
+        counts[1] += text_bytes
+        if self._lines < self.lines_per_shard:
+            return False
+        self._close()
+        return True
 
     def _open(self) -> None:
-        self._name = f"part-{len(self._shards):05d}.jsonl.zst"
+        self._name = f"part-{len(self.shards):05d}.jsonl.zst"
         self._file = self._part.enter_context(file_written_aside(self.folder / self._name))
-        self._zstd = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compressobj()
+        # threads: beside the caller, and the bytes are the same for any number but 0
+        compressor = zstandard.ZstdCompressor(
+            level=ZSTD_LEVEL, write_checksum=True, threads=max(1, self._processes // 2)
+        )
+        self._zstd = compressor.compressobj()
         self._sha, self._bytes = hashlib.sha256(), 0
+        self._categories: dict[str, list[int]] = {}
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
@@ -86,9 +105,12 @@ class ShardWriter:
             "lines": self._lines,
             "bytes": self._bytes,
             "sha256": self._sha.hexdigest(),
+            "categories": {
+                name: {"lines": lines, "text_bytes": size}
+                for name, (lines, size) in sorted(self._categories.items())
+            },
         }
-        self._shards.append(entry)
-        self._total_lines += self._lines
+        self.shards.append(entry)
         self._lines = 0
 
     def __enter__(self) -> ShardWriter:
@@ -101,22 +123,34 @@ class ShardWriter:
         if self._lines:
             with self._part:  # so that an error of the last flush removes the part too
                 self._close()
-        if not self._shards:
-            counts = self.damage.to_dict()["counts"] or "none"
-            raise ValueError(
-                f"{self.folder}: the corpus is empty (settings: {self.settings}; skipped: {counts}); "
-                "give a source with text, a larger max_bytes or another valid_share"
-            )
+        if not self.shards:
+            raise ValueError(f"{self.folder}: the corpus is empty, takes at least one document")
+        categories = _add_up(shard["categories"] for shard in self.shards)
         self.manifest = {
             "version": VERSION,
-            "lines": self._total_lines,
-            "text_bytes": self._text_bytes,
-            "shards": self._shards,
-            "categories": dict(sorted(self._categories.items())),
+            "lines": sum(shard["lines"] for shard in self.shards),
+            "text_bytes": sum(counts["text_bytes"] for counts in categories.values()),
+            "shards": self.shards,
+            "categories": categories,
             "damage": self.damage.to_dict(),
             "settings": self.settings,
         }
         write_json(self.folder / MANIFEST, self.manifest)
+
+
+def encode(document: Document) -> bytes:
+    """The line of a document in a shard."""
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _add_up(parts: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    total: dict[str, dict[str, int]] = {}
+    for part in parts:
+        for category, counts in part.items():
+            sums = total.setdefault(category, {"lines": 0, "text_bytes": 0})
+            for name, count in counts.items():
+                sums[name] += count
+    return dict(sorted(total.items()))
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -126,9 +160,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder}: no {MANIFEST}; takes a folder that train/prepare_data.py finished"
         )
-    manifest = read_json(folder / MANIFEST, VERSION, ("lines", "text_bytes", "shards", "damage", "settings"))
+    manifest = read_json(
+        folder / MANIFEST, VERSION, ("lines", "text_bytes", "shards", "categories", "damage", "settings")
+    )
     for shard in manifest["shards"]:
-        check_keys(folder / MANIFEST, shard, ("name", "lines", "bytes", "sha256"))
+        check_keys(folder / MANIFEST, shard, ("name", "lines", "bytes", "sha256", "categories"))
         path = folder / shard["name"]
         if not path.exists():
             raise FileNotFoundError(f"{path}: missing, but {MANIFEST} lists it; make the folder again")
@@ -140,24 +176,40 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def read_shards(folder: str | Path) -> Iterator[Document]:
-    """All documents of a shard folder, in order. The manifest is checked at once; damage raises DamagedData
-    naming its file and line."""
-    return _documents(Path(folder), read_manifest(folder))
+def read_shards(folder: str | Path, shards: Sequence[str] | None = None) -> Iterator[Document]:
+    """The documents of a shard folder, or of some of its `shards`, in order.
+
+    The manifest is checked at once; damage raises DamagedData naming its file and line.
+    """
+    entries = read_manifest(folder)["shards"]
+    if shards is not None:
+        entries = [entry for entry in entries if entry["name"] in shards]
+    return _documents(Path(folder), entries)
 
 
-def _documents(folder: Path, manifest: dict[str, Any]) -> Iterator[Document]:
-    for shard in manifest["shards"]:
-        path, number = folder / shard["name"], 0
-        for number, record in records(path):
-            if isinstance(record, Unreadable):
-                raise DamagedData(f"{path}, line {number}: {record}; make the folder again")
-            else:
-                yield record
-        if number != shard["lines"]:
+def _documents(folder: Path, entries: list[dict[str, Any]]) -> Iterator[Document]:
+    for entry in entries:
+        path, number = folder / entry["name"], 0
+        for number, data in json_lines(path, lambda _: None):
+            try:
+                yield _written(data)
+            except Unreadable as why:
+                raise DamagedData(f"{path}, line {number}: {why}; make the folder again") from None
+        if number != entry["lines"]:
             raise DamagedData(
-                f"{path}: ends after line {number}, {MANIFEST} says {shard['lines']}; make the folder again"
+                f"{path}: ends after line {number}, {MANIFEST} says {entry['lines']}; make the folder again"
             )
+
+
+_FIELDS = Fields(("text",), "meta.category")
+
+
+def _written(data: Data) -> Document:
+    """The document of a line that `encode` made."""
+    if not isinstance(data, bytes):
+        raise data if isinstance(data, Unreadable) else TypeError("takes lines")
+    document(record := parse(data), _FIELDS, "", "")  # raises where something is missing
+    return record
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,18 +17,24 @@ class TrainConfig:
     """A pre-training run. Batches, steps and tokens are per optimizer step and process where nothing else is said."""
 
     preset: str  # a shape of openllama/presets.py
-    shards: str  # folder of part-*.jsonl.zst with their manifest, to train on
+    shards: (
+        str | dict[str, str]
+    )  # folder of part-*.jsonl.zst with their manifest, to train on; several as name: folder
     tokenizer: str  # SentencePiece model
     out: str  # folder of the run: checkpoints/, tokens/, metrics.jsonl
     steps: int  # optimizer steps of the whole run
 
-    valid_shards: str | None = None  # held-out shards
+    valid_shards: str | dict[str, str] | None = None  # held-out shards
     model: dict[str, Any] = field(default_factory=dict)  # fields of the preset to change
     dtype: Literal["float32", "bfloat16"] = (
         "bfloat16"  # of weights and activations; masters and moments are fp32
     )
 
-    context: int = 1024  # tokens in a pack; longer documents are split
+    context: int = 1024  # tokens in a pack
+    long: Literal["split", "sample", "truncate"] = "split"  # what becomes of longer documents (data/pack.py)
+    mix: dict[str, float] = field(
+        default_factory=dict
+    )  # how often an epoch takes a source or category (data/loader.py)
     batch: int = 2  # packs in a micro-batch; lower it when memory runs out, and raise accumulation
     accumulation: int = 12  # micro-batches in an optimizer step
 
@@ -72,6 +79,14 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)}, takes a number from 0 up to, but not, 1"
                 )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, takes a whole number from 0 to below 2^32")
+        for shards in (self.shards, self.valid_shards):
+            for name in shards if isinstance(shards, dict) else ():
+                if not re.fullmatch(r"\w[\w.-]*", name):
+                    raise ValueError(
+                        f"shards: got the name {name!r}, takes letters, digits, '.', '-' and '_'"
+                    )
         self.model_config()
 
     def model_config(self) -> ModelConfig:

@@ -7,7 +7,6 @@ around it: setting up, resuming, validation, logs, checkpoints, signals.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from openllama import devices
 from openllama.data.cache import TokenCache, tokenize
 from openllama.data.loader import PackedLoader
+from openllama.data.shards import read_manifest
 from openllama.kernels import backend
 from openllama.model import Llama, flops_per_token
 from openllama.optim import AdamW, decay_groups
@@ -30,7 +30,7 @@ from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.faults import StopSignal
 from openllama.training.monitor import Monitor, read_metrics
-from openllama.training.ranks import Ranks
+from openllama.training.ranks import TIMEOUT, Ranks
 from openllama.training.step import (
     accumulate_in_fp32,
     batch_loss,
@@ -51,11 +51,12 @@ class Trainer:
         self.accelerator = _accelerator(config)
         self.device, self.ranks = self.accelerator.device, Ranks(self.accelerator)
         self.tokenizer = Tokenizer(config.tokenizer)
-        self.cache = self._tokens(config.shards, "train")
-        self.valid_cache = self._tokens(config.valid_shards, "valid") if config.valid_shards else None
+        self._check_inputs()
+        self.sources = self._tokens(config.shards, "train")
+        self.valid_sources = self._tokens(config.valid_shards, "valid")
         self._build_model()
-        self.loader = self._loader(self.cache)
-        self.valid_loader = self._loader(self.valid_cache) if self.valid_cache else None
+        self.loader = self._loader(self.sources, config.mix, config.long)
+        self.valid_loader = self._loader(self.valid_sources) if self.valid_sources else None
         self.step = 0
         self.tokens = 0  # real tokens learned from, all processes
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)  # every loss and norm so far
@@ -63,21 +64,37 @@ class Trainer:
 
     # ------------------------------------------------------------ setting up
 
-    def _tokens(self, shards: str, name: str) -> TokenCache:
-        with self.accelerator.main_process_first():  # rank 0 tokenises, the others find the cache
-            return tokenize(shards, self.tokenizer, self.out / "tokens" / name, progress=self.ranks.is_main)
-
-    def _loader(self, cache: TokenCache) -> PackedLoader:
-        c = self.config
-        return PackedLoader(cache, c.context, c.batch, c.seed, self.ranks.rank, self.ranks.world)
-
-    def _build_model(self) -> None:
+    def _check_inputs(self) -> None:
+        """What tokenising, which may take hours, does not need but training does."""
         c, shape = self.config, self.config.model_config()
         if self.tokenizer.vocab_size > shape.vocab_size:
             raise ValueError(
                 f"{c.tokenizer}: its vocabulary of {self.tokenizer.vocab_size} is over the model's vocab_size="
                 f"{shape.vocab_size}; set model.vocab_size={self.tokenizer.vocab_size} or train a smaller tokenizer"
             )
+        for folder in (*_by_name(c.shards).values(), *_by_name(c.valid_shards).values()):
+            read_manifest(folder)
+
+    def _tokens(self, shards: str | dict[str, str] | None, split: str) -> dict[str, TokenCache]:
+        """The token cache of each source."""
+        with self.accelerator.main_process_first():  # rank 0 tokenises, the others find the caches
+            return {
+                name: tokenize(
+                    folder, self.tokenizer, self.out / "tokens" / split / name, progress=self.ranks.is_main
+                )
+                for name, folder in _by_name(shards).items()
+            }
+
+    def _loader(
+        self, sources: dict[str, TokenCache], mix: dict[str, float] | None = None, long: str = "split"
+    ) -> PackedLoader:
+        c = self.config
+        return PackedLoader(
+            sources, c.context, c.batch, c.seed, self.ranks.rank, self.ranks.world, mix=mix, long=long
+        )
+
+    def _build_model(self) -> None:
+        c, shape = self.config, self.config.model_config()
         torch.manual_seed(c.seed)
         self.model = Llama(shape).initialise(c.seed).to(self.device, self.dtype)
         groups = decay_groups(self.model, c.weight_decay)
@@ -182,12 +199,14 @@ class Trainer:
         Always the same batches, but none after a signal. With a limit, bits per byte take the whole set's tokens per
         byte.
         """
-        assert self.valid_loader is not None and self.valid_cache is not None
+        assert self.valid_loader is not None
         batches = itertools.islice(self.valid_loader.one_epoch(), limit or None)
         if stop is not None:
             batches = itertools.takewhile(lambda _: not stop.received, batches)
         loss = held_out_loss(lambda b: batch_loss(self.model, b, self.device), batches, self.ranks)
-        tokens_per_byte = self.valid_loader.targets_per_epoch / self.valid_cache.text_bytes
+        tokens_per_byte = self.valid_loader.targets_per_epoch / sum(
+            cache.text_bytes for cache in self.valid_sources.values()
+        )
         return {"valid_loss": loss, "valid_bits_per_byte": loss * tokens_per_byte / math.log(2)}
 
     def _try_validation(self) -> None:
@@ -280,24 +299,30 @@ class Trainer:
         )
         chosen = {op: backend.explain(op, self.device, self.dtype).backend for op in backend.TABLE}
         say("ops: " + ", ".join(f"{op} {name}" for op, name in chosen.items()))
+        documents, tokens = sum(map(len, self.sources.values())), sum(s.tokens for s in self.sources.values())
         say(
-            f"data: {len(self.cache):,} documents, {self.cache.tokens:,} tokens, {self.loader.packs:,} packs of "
+            f"data: {documents:,} documents, {tokens:,} tokens, {self.loader.packs:,} packs an epoch of "
             f"{c.context}, {self.loader.padding_share:.2%} padding; {c.batch} x {c.accumulation} x {world} packs a step"
         )
         if self.step:
             say(f"resumed at step {self.step} from {self.checkpoints}")
 
 
+def _by_name(shards: str | dict[str, str] | None) -> dict[str, str]:
+    """The folders of several sources by name; one alone has none."""
+    return shards if isinstance(shards, dict) else {"": shards} if shards else {}
+
+
 def _accelerator(config: TrainConfig) -> Accelerator:
     """Precision and accumulation are this loop's own: what `accelerate launch` or a user's config says of them must not
-    change the arithmetic. The timeout lets the other processes wait while rank 0 tokenises a large corpus."""
+    change the arithmetic."""
     trackers: Any = config.trackers or None
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",
         log_with=trackers,
         project_dir=config.out if trackers else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     found = {str(t).rpartition(".")[2].lower() for t in accelerator.log_with}
     if missing := sorted(set(config.trackers) - found):

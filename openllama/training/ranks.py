@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+TIMEOUT = datetime.timedelta(hours=12)  # the others wait while one process tokenises a large corpus, or saves
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -26,7 +28,7 @@ class Ranks:
             )
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.is_main = self.rank == 0
-        self._group = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.world > 1 else None
 
     def sum(self, *values: float) -> list[float]:
         """The sum of each value over all processes."""

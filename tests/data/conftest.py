@@ -32,7 +32,7 @@ def shards_of(tmp_path):
     def write(texts, name="shards", **options):
         with ShardWriter(tmp_path / name, {"source": "test"}, **options) as writer:
             for i, text in enumerate(texts):
-                writer.write({"text": text, "meta": {"source": "test", "path": str(i)}})
+                writer.write({"text": text, "meta": {"category": "test", "path": str(i)}})
         return tmp_path / name
 
     return write
@@ -42,14 +42,18 @@ def shards_of(tmp_path):
 def cache_of(tmp_path):
     """Writes a token cache from lists of ids."""
 
-    def write(documents, name="cache", fingerprint="f"):
+    def write(documents, name="cache", fingerprint="f", categories=None):
         folder = tmp_path / name
         folder.mkdir()
         offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype(np.uint64)
         np.concatenate(documents).astype(np.uint16).tofile(folder / "tokens.bin")
         np.save(folder / "offsets.npy", offsets)
+        names = list(dict.fromkeys(categories or ["test"]))
+        numbers = [names.index(c) for c in categories or ["test"] * len(documents)]
+        np.save(folder / "categories.npy", np.array(numbers, np.uint16))
         meta = {
-            "version": 1,
+            "version": 2,
+            "categories": dict.fromkeys(names, 1),
             "dtype": "uint16",
             "documents": len(documents),
             "tokens": int(offsets[-1]),

@@ -12,6 +12,7 @@ import pytest
 from openllama import tokenizer
 from openllama.data import cache as cache_module
 from openllama.data.cache import TokenCache, tokenize
+from openllama.data.shards import ShardWriter
 
 
 @pytest.fixture
@@ -46,15 +47,13 @@ def test_each_document_is_bos_ids_eos(build, small, texts):
         made[len(texts)]
 
 
-def test_an_empty_document_emits_nothing(build, small):
-    made = build(["one", "", "two", ""])
-    assert [small.decode(made[i]) for i in range(len(made))] == ["one", "two"]
-
-
-def test_a_corpus_of_empty_documents_is_an_error(build, tmp_path):
-    with pytest.raises(ValueError, match="all of its 2 documents are empty"):
-        build(["", ""])
-    assert not (tmp_path / "tokens/cache.json").exists()
+def test_each_document_has_its_category(shards_of, small, tmp_path):
+    folder = tmp_path / "shards"
+    with ShardWriter(folder, {}) as writer:
+        for text, category in (("one", "b"), ("zwei", "a"), ("three", "b")):
+            writer.write({"text": text, "meta": {"category": category}})
+    made = tokenize(folder, small, tmp_path / "tokens", progress=False)
+    assert made.categories == {"b": 8, "a": 4} and made.category_of.tolist() == [0, 1, 0]
 
 
 def test_the_process_count_does_not_matter(build, texts, tmp_path, monkeypatch):
@@ -128,9 +127,6 @@ def test_reuse_and_a_changed_tokenizer_or_shard_set(shards_of, small, texts, tmp
     with pytest.raises(ValueError, match=r"shards \w{12}, but shards is now \w{12};"):
         tokenize(other, small, out, progress=False)
     assert (out / "tokens.bin").stat().st_mtime_ns == before
-    again = tokenize(first, new, out, progress=False, rebuild=True)
-    assert again.fingerprint != made.fingerprint and again.vocab_size == 500
-    assert new.decode(again[0]) == texts[0]
 
 
 def test_a_failure_leaves_no_cache(build, tmp_path, monkeypatch):
@@ -138,15 +134,6 @@ def test_a_failure_leaves_no_cache(build, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         build(["text"], processes=1)
     assert content(tmp_path / "tokens") == {}
-
-
-def test_a_failed_rebuild_leaves_no_wrong_cache(shards_of, small, tmp_path, monkeypatch):
-    tokenize(shards_of(["a"], "a"), small, tmp_path / "t", progress=False)
-    monkeypatch.setattr(cache_module, "_encode", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        tokenize(shards_of(["b"], "b"), small, tmp_path / "t", progress=False, rebuild=True, processes=1)
-    with pytest.raises(FileNotFoundError, match=r"no cache\.json"):
-        TokenCache(tmp_path / "t")
 
 
 def test_a_cache_without_its_keys_is_named_before_it_is_compared(build, small, tmp_path):
@@ -165,9 +152,10 @@ def test_damaged_caches_are_named(build, tmp_path):
     for name, data, message in (
         ("tokens.bin", whole["tokens.bin"][:-2], r"tokens\.bin: cache\.json says \d+ bytes, got \d+"),
         ("offsets.npy", whole["offsets.npy"][:-8], r"offsets\.npy: cannot be read"),
+        ("categories.npy", b"", r"categories\.npy: cannot be read"),
         ("cache.json", b"{", r"cache\.json: not valid JSON"),
-        ("cache.json", b'{"version": 1}', r"cache\.json: no key 'tokens'; damaged"),
-        ("cache.json", json.dumps({"version": 7}).encode(), r"cache\.json: got version 7, takes 1"),
+        ("cache.json", b'{"version": 2}', r"cache\.json: no key 'tokens'; damaged"),
+        ("cache.json", json.dumps({"version": 7}).encode(), r"cache\.json: got version 7, takes 2"),
     ):
         (folder / name).write_bytes(data)
         with pytest.raises(ValueError, match=message):

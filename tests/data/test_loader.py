@@ -183,8 +183,8 @@ def test_one_epoch_is_epoch_0_and_leaves_the_state(cache_of):
     state, first = loader.state_dict(), list(loader.one_epoch())
     assert loader.state_dict() == state and len(first) == loader.batches_per_epoch
     assert all(map(same, first, loader.one_epoch()))
-    assert all(map(same, first, PackedLoader(loader.cache, 16, 4)))
-    ranks = [PackedLoader(loader.cache, 16, 4, rank=r, world_size=2).one_epoch() for r in range(2)]
+    assert all(map(same, first, PackedLoader(loader.sources, 16, 4)))
+    ranks = [PackedLoader(loader.sources, 16, 4, rank=r, world_size=2).one_epoch() for r in range(2)]
     assert sorted(labels_of(b for rank in ranks for b in rank)) == sorted(labels_of(first))
 
 
@@ -197,7 +197,7 @@ def test_padding_share(cache_of):
 
 def test_text_through_shards_cache_and_loader_comes_back(shards_of, small, texts, tmp_path):
     """Long documents lose no token: the labels of each epoch spell the corpus."""
-    cache = tokenize(shards_of([*texts[:6], "", "short"]), small, tmp_path / "tokens", progress=False)
+    cache = tokenize(shards_of([*texts[:6], "short"]), small, tmp_path / "tokens", progress=False)
     assert cache.lengths.max() > 10 * 128
     loader = PackedLoader(cache, 128, 4)
     wanted = sorted(token for i in range(len(cache)) for token in cache[i][1:].tolist())
@@ -219,3 +219,134 @@ def test_bad_arguments_are_named(cache_of):
     ):
         with pytest.raises(ValueError, match=message):
             PackedLoader(cache, **options)
+
+
+# ---------------------------------------------------------------- mixes, long documents, many resumes
+
+
+def test_resume_at_a_random_record_over_two_epochs_and_two_ranks(cache_of):
+    """50 times: what two ranks still serve after any stop is what an uninterrupted run would have."""
+    documents = corpus(300, 90)
+    cache, draw = cache_of(documents), np.random.default_rng(9)
+    options = {"context": 32, "batch": 3, "seed": 2, "world_size": 2}
+    whole = [PackedLoader(cache, rank=r, **options) for r in range(2)]
+    steps = 2 * whole[0].batches_per_epoch
+    served = [[next(loader) for _ in range(steps)] for loader in whole]
+    for epoch in range(2):
+        half = slice(epoch * steps // 2, (epoch + 1) * steps // 2)
+        labels = labels_of(b for rank in served for b in rank[half])
+        assert sorted(labels) == sorted(t for d in documents for t in d[1:])
+    for stop in draw.integers(0, steps, 50).tolist():
+        running = [PackedLoader(cache, rank=r, **options) for r in range(2)]
+        for loader in running:
+            for _ in range(stop):
+                next(loader)
+        state = json.loads(json.dumps(running[draw.integers(2)].state_dict()))
+        assert len(json.dumps(state)) < 300
+        for rank in range(2):
+            resumed = PackedLoader(cache, rank=rank, **options)
+            resumed.load_state_dict(state)
+            for wanted in served[rank][stop:]:
+                assert same(next(resumed), wanted)
+
+
+@pytest.fixture
+def mixed(cache_of):
+    """Two sources; "a" holds the categories x and y, "b" x alone. Their tokens lie in ranges of their own."""
+    a, b = corpus(60, 40, 1), corpus(50, 40, 2)
+    a = [[t + 100 for t in d] for d in a]
+    b = [[t + 20_000 for t in d] for d in b]
+    categories = ["xy"[i % 3 == 0] for i in range(60)]
+    sources = {
+        "a": cache_of(a, "a", "fa", categories),
+        "b": cache_of(b, "b", "fb", ["x"] * 50),
+    }
+    groups = {"a/x": [d for d, c in zip(a, categories) if c == "x"], "b": b}
+    groups["a/y"] = [d for d, c in zip(a, categories) if c == "y"]
+    return sources, {name: sorted(t for d in docs for t in d[1:]) for name, docs in groups.items()}
+
+
+def epochs(loader, count):
+    return [labels_of(islice(loader, loader.batches_per_epoch)) for _ in range(count)]
+
+
+def test_several_sources_are_one_corpus(mixed):
+    sources, groups = mixed
+    first, second = epochs(PackedLoader(sources, 16, 4), 2)
+    assert sorted(first) == sorted(second) == sorted(t for group in groups.values() for t in group)
+    assert first != second
+
+
+def test_weights_say_how_often_an_epoch_takes_a_group(mixed):
+    sources, groups = mixed
+    loader = PackedLoader(sources, 16, 4, mix={"a/x": 2, "y": 0.5, "b": 0})
+    made = epochs(loader, 4)
+    of = {name: [sorted(set(labels) & set(groups[name])) for labels in made] for name in groups}
+    for labels in made:
+        counts = np.bincount(labels, minlength=60_000)
+        assert (counts[groups["a/x"]] == 2).all() and not counts[groups["b"]].any()
+        assert counts[groups["a/y"]].max() == 1
+    for first in (
+        0,
+        2,
+    ):  # the two halves of y are all of it, each once, but for a pack or two where their number is odd
+        halves = of["a/y"][first] + of["a/y"][first + 1]
+        assert len({*groups["a/y"]} - {*halves}) <= 32 and len(halves) - len({*halves}) <= 32
+        assert 0.3 < len(of["a/y"][first]) / len(groups["a/y"]) < 0.7
+    assert of["a/y"][0] != of["a/y"][2], "each pass over y is shuffled anew"
+
+
+def test_a_mix_resumes_anywhere_and_ranks_part_it(mixed):
+    sources, _ = mixed
+    options = {"context": 16, "batch": 3, "seed": 1, "mix": {"a": 1.5, "b": 0.25}}
+    reference = PackedLoader(sources, **options)
+    batches = list(islice(reference, 3 * reference.batches_per_epoch))
+    for stop in range(0, 2 * reference.batches_per_epoch, 3):
+        running = PackedLoader(sources, **options)
+        for _ in range(stop):
+            next(running)
+        resumed = PackedLoader(sources, **options)
+        resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
+        assert all(same(a, b) for a, b in zip(batches[stop:], resumed, strict=False))
+    ranks = [PackedLoader(sources, **options | {"batch": 1}, rank=r, world_size=3) for r in range(3)]
+    for wanted in batches[: reference.batches_per_epoch - 1]:
+        assert torch.equal(wanted.ids, torch.cat([next(loader).ids for loader in ranks]))
+
+
+def test_a_mix_is_checked_and_part_of_the_state(mixed):
+    sources, _ = mixed
+    for mix, message in (
+        ({"c": 1}, r"mix: got 'c', takes names of a, a/x, a/y, b, b/x, x, y"),
+        ({"a": -1}, "mix: got -1 for a, takes a number from 0 to 1000"),
+        ({"a": float("nan")}, "mix: got nan for a"),
+        ({"a": 0, "b": 0}, "an epoch takes none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PackedLoader(sources, 16, 4, mix=mix)
+    state = PackedLoader(sources, 16, 4).state_dict()
+    with pytest.raises(ValueError, match=r"mix is \{\}, this loader has \{'a': 2\}"):
+        PackedLoader(sources, 16, 4, mix={"a": 2}).load_state_dict(state)
+    with pytest.raises(ValueError, match="long is 'split', this loader has 'sample'"):
+        PackedLoader(sources, 16, 4, long="sample").load_state_dict(state)
+
+
+def test_sources_of_two_tokenizers_are_refused(cache_of):
+    other = cache_of(corpus(), "other")
+    other.pad_id = 0
+    with pytest.raises(
+        ValueError, match="sources: other has 65536 pieces and pad id 0, the first has 65536 and 3"
+    ):
+        PackedLoader({"cache": cache_of(corpus()), "other": other}, 16, 4)
+
+
+def test_long_documents_are_sampled_elsewhere_each_epoch(cache_of):
+    documents = [list(range(10, 510)), [1, 2, 3]]
+    cache = cache_of(documents)
+    sampled = PackedLoader(cache, 20, 1, long="sample")
+    starts = {min(set(labels) - {2, 3}) for labels in epochs(sampled, 30)}
+    assert len(starts) > 20 and sampled.targets_per_epoch == 22
+    again = PackedLoader(cache, 20, 1, long="sample")
+    again.load_state_dict(sampled.state_dict())
+    assert same(next(again), next(sampled))
+    (cut,) = epochs(PackedLoader(cache, 20, 1, long="truncate"), 1)
+    assert sorted(cut) == [2, 3, *range(11, 31)]

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 
 from openllama import tokenizer
-from openllama.tokenizer import Tokenizer, bytes_per_token, train
+from openllama.tokenizer import Tokenizer, bytes_per_token, compression, language, train
 
 STRINGS = [
     "",
@@ -167,3 +167,32 @@ def test_bytes_per_token(small):
     with pytest.raises(ValueError, match="got no text"):
         bytes_per_token(small, [""])
     assert tokenizer.SPACE_MARK == "▁"
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("def main(): return 0", "Latin script"),
+        ("今天天气很好,我们去公园。", "Chinese"),
+        ("今日は天気がいいです。", "Japanese"),
+        ("오늘은 날씨가 좋다", "Korean"),
+        ("Сегодня хорошая погода", "Cyrillic script"),
+        ("# 注释\n" + "value = compute(value)\n" * 20, "Latin script"),
+        ("1 + 2 = 3", "no letters"),
+    ],
+)
+def test_languages_by_their_letters(text, name):
+    assert language(text) == name
+
+
+def test_compression_by_category_and_language(small):
+    documents = [("ab", "x"), ("天气好", "y"), ("天", "y")]
+    rates = compression(small, ({"text": t, "meta": {"category": c}} for t, c in documents))
+    tokens = [len(small.encode(t)) for t, _ in documents]
+    assert rates == {
+        "all": 14 / sum(tokens),
+        "category x": 2 / tokens[0],
+        "category y": 12 / sum(tokens[1:]),
+        "language Chinese": 12 / sum(tokens[1:]),
+        "language Latin script": 2 / tokens[0],
+    }

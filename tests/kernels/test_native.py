@@ -284,8 +284,9 @@ def test_builds_in_a_folder_of_any_name(tmp_path):
     folder = tmp_path / "it's a (new)"
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copy(ROOT / "setup.py", folder)
-    (folder / "openllama" / "kernels").mkdir(parents=True)
+    for package in ("kernels", "data"):
+        (folder / "openllama" / package).mkdir(parents=True)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(folder.rglob("_C.abi3.so"))
+    assert list(folder.rglob("_C.abi3.so")) and list(folder.rglob("_host.*.so"))

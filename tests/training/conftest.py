@@ -20,7 +20,7 @@ def texts(count: int, seed: int) -> list[str]:
 def write_shards(folder, documents: list[str]) -> None:
     with ShardWriter(folder, {"made": "for a test"}) as writer:
         for text in documents:
-            writer.write({"text": text, "meta": {"source": "test"}})
+            writer.write({"text": text, "meta": {"category": "test"}})
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from openllama import files, tokenizer
-from openllama.config import load
+from openllama.config import from_dict, load
 from openllama.data.loader import Batch, PackedLoader
 from openllama.model import Llama
 from openllama.optim import AdamW, decay_groups
@@ -286,8 +286,38 @@ def test_validation_takes_a_fair_sample(settings):
     """The first batches are not those of the longest documents."""
     loader = Trainer(settings()).valid_loader
     first = next(loader.one_epoch())
-    assert not torch.equal(first.ids, next(PackedLoader(loader.cache, 64, 2, shuffle=False)).ids)
+    assert not torch.equal(first.ids, next(PackedLoader(loader.sources, 64, 2, shuffle=False)).ids)
     assert torch.equal(first.ids, next(loader.one_epoch()).ids)
+
+
+def test_two_sources_in_a_mix_train_and_resume(settings, corpus, tmp_path):
+    shards = {"web": str(corpus / "train"), "books": str(corpus / "valid")}
+    config = settings(shards=shards, mix={"web": 0.5, "books": 3.0}, long="sample", steps=3, save_every=2)
+    trainer = Trainer(config)
+    assert trainer.run() == 0
+    assert sorted(p.name for p in (tmp_path / "run/tokens/train").iterdir()) == ["books", "web"]
+    assert trainer.loader.mix == config.mix and trainer.loader.long == "sample"
+    assert Trainer(settings(**{**vars(config), "steps": 4})).run() == 0
+    with pytest.raises(ValueError, match=r"loader state: mix is .*'books': 3\.0.*, this loader has"):
+        Trainer(settings(**{**vars(config), "steps": 5, "mix": {}}))
+
+
+def test_what_tokenising_does_not_need_is_checked_before_it(settings, tmp_path):
+    for change, message in (
+        ({"valid_shards": str(tmp_path / "none")}, r"none: no manifest\.json"),
+        ({"model": {**SHAPE, "vocab_size": 100}}, "its vocabulary of 320 is over the model's vocab_size=100"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            Trainer(settings(**change))
+        assert not (tmp_path / "run/tokens").exists()
+    for change, message in (
+        ({"seed": -1}, "seed: got -1"),
+        ({"shards": {"a/b": "x"}}, "shards: got the name 'a/b', takes letters"),
+        ({"long": "cut"}, "long: got 'cut'"),
+        ({"mix": {"a": "much"}}, "mix.a: got 'much', takes a value of type float"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_dict(TrainConfig, {**vars(settings()), **change}, "run.yaml")
 
 
 def settings_folder(settings):

@@ -1,0 +1,75 @@
+"""Work handed to processes, with results in the order of the work."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Cores this process may use; os.cpu_count() would ignore a container's CPU set."""
+    return len(os.sched_getaffinity(0))
+
+
+def process_count(processes: int | None, work: int, work_per_process: int) -> int:
+    """`processes`, or where that is None one per core, but no more than there is work for. Raises ValueError."""
+    if processes is None:
+        return min(cores(), 1 + work // work_per_process)
+    if processes < 1:
+        raise ValueError(f"processes: got {processes}, takes a whole number of at least 1, or None to choose")
+    return processes
+
+
+def ordered_map(
+    function: Callable[..., Result], work: Iterable[Work], processes: int, shared: tuple[Any, ...] = ()
+) -> Generator[Result, None, None]:
+    """`function(item, *shared)` of each item, in order; items are fetched only a little ahead of the results.
+
+    With 1 process it all happens here. `function` must be one of a module, `shared` is sent once a process.
+    """
+    if processes == 1:
+        yield from (function(item, *shared) for item in work)
+        return
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (function, shared))
+    waiting: deque[Future[Result]] = deque()
+    with _no_main_module(), pool:
+        try:
+            for item in work:
+                waiting.append(pool.submit(_call, item))
+                if len(waiting) > 4 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start(function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
+    global _function, _shared
+    _function, _shared = function, shared
+
+
+def _call(item: Any) -> Any:
+    return _function(item, *_shared)
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Spawned workers would first run the caller's script again (its imports cost seconds each, and one without a
+    `__main__` guard would start over); they need nothing of it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -1,0 +1,213 @@
+"""What a corpus is read from: data files, code folders, this machine's Python source, HuggingFace datasets.
+
+A source is a stream of records in a fixed order, each with its place (file, number), from which a later run can go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from .documents import Fields
+from .formats import SUFFIXES, Data, needs, records, whole_text
+from .lines import Advance, Unreadable
+
+ENDS = 1 << 16  # bytes of each end of a file that its fingerprint takes
+HUB, CODE, PYTHON = "hf:", "code:", "python"
+Place = tuple[int, int]  # file, number of the record in it; both grow
+START: Place = (-1, 0)
+
+# Suffix -> language, the category of a code folder's documents. Prose and configuration count: they come with code.
+LANGUAGES = {
+    ".py": "python", ".pyi": "python", ".c": "c", ".h": "c", ".cc": "c++", ".cpp": "c++", ".cxx": "c++", ".hpp": "c++",
+    ".cu": "cuda", ".cuh": "cuda", ".rs": "rust", ".go": "go", ".java": "java", ".kt": "kotlin", ".scala": "scala",
+    ".swift": "swift", ".cs": "c#", ".js": "javascript", ".mjs": "javascript", ".jsx": "javascript", ".ts": "typescript",
+    ".tsx": "typescript", ".rb": "ruby", ".php": "php", ".pl": "perl", ".lua": "lua", ".r": "r", ".jl": "julia",
+    ".hs": "haskell", ".ml": "ocaml", ".ex": "elixir", ".erl": "erlang", ".clj": "clojure", ".sh": "shell", ".sql": "sql",
+    ".html": "html", ".css": "css", ".md": "markdown", ".rst": "rst", ".tex": "tex", ".yaml": "yaml", ".yml": "yaml",
+    ".toml": "toml", ".cmake": "cmake", ".proto": "proto",
+}  # fmt: skip
+# Folders that hold copies and products rather than sources; hidden ones are passed over too.
+NOT_SOURCES = ("node_modules", "__pycache__", "site-packages", "dist-packages", "build", "dist", "target")
+
+
+class Record(NamedTuple):
+    """One record, and what its document is to be called."""
+
+    place: Place
+    data: Data
+    category: str  # where the record names none itself
+    file: str
+
+
+class Source(ABC):
+    """A stream of records that a later run can take up anywhere."""
+
+    name: str
+    size: int | None = None  # bytes on the disk, where that is known
+    fingerprint: str | None = None  # changes with the content; None: a change goes unnoticed
+
+    @abstractmethod
+    def records(self, after: Place, advance: Advance) -> Iterator[Record]:
+        """In order, from the first beyond `after`; `advance` is told the bytes read from the disk."""
+
+
+def open_source(source: str | Path, fields: Fields) -> Source:
+    """The source that `source` names.
+
+    `python` (the Python source on this machine: standard library, then installed packages); `code:FOLDER`;
+    `hf:NAME[,CONFIG][:SPLIT]` (a HuggingFace dataset, or a local folder of one); a file of `formats.SUFFIXES`, or a
+    folder of those. Raises FileNotFoundError or ValueError for any other.
+    """
+    name = str(source)
+    if name == PYTHON:
+        return python_source()
+    if name.startswith(HUB):
+        return HubSource(name, fields)
+    if name.startswith(CODE):
+        root = Path(name.removeprefix(CODE))
+        if not root.is_dir():
+            raise FileNotFoundError(f"source: {root} is no folder; takes code:FOLDER")
+        return CodeSource(f"{CODE}{root.resolve().name}", [("", root)])
+    return FileSource(Path(source), fields)
+
+
+class FileSource(Source):
+    """A data file, or the data files of a folder (recursive, in sorted order)."""
+
+    def __init__(self, path: Path, fields: Fields) -> None:
+        takes = (
+            f"takes a file ending in {', '.join(SUFFIXES)}, a folder of those, python, code:FOLDER or hf:NAME"
+        )
+        if path.is_dir():
+            self._paths = list(_walk(path, SUFFIXES))
+            self._root = path
+            if not self._paths:
+                raise ValueError(f"source: folder {path} holds no file ending in {', '.join(SUFFIXES)}")
+        elif not path.exists():
+            raise FileNotFoundError(f"source: {path} does not exist; {takes}")
+        elif not path.name.endswith(SUFFIXES):
+            raise ValueError(f"source: got {path}, {takes}")
+        else:
+            self._paths, self._root = [path], path.parent
+        self.name, self._fields = _printable(path.resolve().name), fields
+        self._sizes = [p.stat().st_size for p in self._paths]
+        self.size, self.fingerprint = sum(self._sizes), self._fingerprint()
+
+    def _fingerprint(self) -> str:
+        """Stands for the files' names, sizes, and first and last bytes: cheap for a corpus of any size."""
+        digest = hashlib.sha256()
+        for path, size in zip(self._paths, self._sizes):
+            digest.update(os.fsencode(path.relative_to(self._root)) + f"\0{size}\0".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(ENDS))
+                file.seek(max(ENDS, size - ENDS))
+                digest.update(file.read(ENDS))
+        return digest.hexdigest()[:16]
+
+    def records(self, after: Place, advance: Advance) -> Iterator[Record]:
+        for index, path in enumerate(self._paths):
+            if index < after[0]:
+                advance(self._sizes[index])
+                continue
+            category = "txt" if path.suffix == ".txt" else _printable(path.name.split(".json")[0])
+            file = _printable(str(path.relative_to(self._root)))
+            number = after[1] if index == after[0] else 0
+            for n, data in records(path, number, self._fields.columns, advance):
+                if (index, n) > after:
+                    yield Record((index, n), data, category, file)
+
+
+class CodeSource(Source):
+    """Source files below some roots, each a document. Files with equal contents come once.
+
+    `roots`: (category, folder); the category "" means each file's language.
+    """
+
+    def __init__(self, name: str, roots: list[tuple[str, Path]], skip: tuple[str, ...] = NOT_SOURCES) -> None:
+        self.name = name
+        suffixes = (".py",) if name == PYTHON else tuple(LANGUAGES)
+        self._paths = [
+            (category, root, path)
+            for category, root in roots
+            for path in _walk(root, suffixes, skip if category != "packages" else ())
+        ]
+        if not self._paths:
+            raise ValueError(f"source: {name} holds no source file ({', '.join(suffixes)})")
+
+    def records(self, after: Place, advance: Advance) -> Iterator[Record]:
+        seen: set[bytes] = set()
+        for index, (category, root, path) in enumerate(self._paths):
+            file = _printable(path.relative_to(root).as_posix())
+            for _, data in whole_text(path, advance):
+                # what is passed over counts as seen too, so a run that goes on finds the same files new
+                digest = hashlib.sha256(data.encode()).digest() if isinstance(data, str) else b""
+                if digest in seen:
+                    continue
+                if digest:
+                    seen.add(digest)
+                if (index, 0) > after:
+                    yield Record((index, 0), data, category or LANGUAGES[path.suffix], file)
+
+
+def python_source() -> CodeSource:
+    """The Python source of the running interpreter: its standard library, then its installed packages."""
+    paths = sysconfig.get_paths()
+    packages = dict.fromkeys([paths["purelib"], paths["platlib"]])  # the same folder on most systems
+    roots = [("stdlib", Path(paths["stdlib"])), *(("packages", Path(p)) for p in packages)]
+    return CodeSource(PYTHON, roots, ("site-packages", "dist-packages"))
+
+
+class HubSource(Source):
+    """A dataset that the `datasets` library can open, read as a stream."""
+
+    def __init__(self, name: str, fields: Fields) -> None:
+        self.name = name
+        needs("datasets")
+        spec, _, split = name.removeprefix(HUB).partition(":")
+        self._path, _, config = spec.partition(",")
+        self._config, self._split, self._fields = config or None, split or "train", fields
+
+    def records(self, after: Place, advance: Advance) -> Iterator[Record]:
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(self._path, self._config, split=self._split, streaming=True)
+        except Exception as e:  # of the hub, of the network, of the builder: each has its own
+            raise ValueError(
+                f"source: {self.name} cannot be opened ({type(e).__name__}: {e}); takes hf:NAME[,CONFIG][:SPLIT] of "
+                "a HuggingFace dataset, or of a local folder of data files"
+            ) from None
+        done = after[1] if after[0] == 0 else 0
+        number, category = done, Path(self._path).name
+        stream = iter(rows.skip(done))
+        while True:
+            number += 1
+            try:
+                row = next(stream, None)
+            except Exception as e:  # as above; the stream cannot go on after it
+                yield Record(
+                    (0, number), Unreadable("cannot be read", f"{type(e).__name__}: {e}"), category, self.name
+                )
+                return
+            if row is None:
+                return
+            yield Record((0, number), row, category, self.name)
+
+
+def _printable(name: str) -> str:
+    """A file's name as text: bytes in it that are not UTF-8 become U+FFFD."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _walk(root: Path, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(d for d in subfolders if d not in skip and not d.startswith("."))
+        for name in sorted(names):
+            if name.endswith(suffixes):
+                yield Path(folder, name)
