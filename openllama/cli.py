@@ -11,10 +11,13 @@ from typing import NoReturn
 
 # torch is imported by the subcommands only, so that --help comes at once.
 
-# What `import` calls the packages of the extra `train`, and those that they bring along.
+# What `import` calls the packages of our extras, and those that they bring along.
 OPTIONAL = {
-    "accelerate", "google", "huggingface_hub", "matplotlib", "sentencepiece", "tokenizers", "transformers",
-    "zstandard",
+    "train": {
+        "accelerate", "google", "huggingface_hub", "matplotlib", "sentencepiece", "tokenizers", "transformers",
+        "zstandard",
+    },
+    "data": {"datasets", "pyarrow"},
 }  # fmt: skip
 
 
@@ -46,9 +49,10 @@ def exit_code(main: Callable[[], int | None]) -> int:
         error, text = e, str(e)
     except ModuleNotFoundError as e:
         package = (e.name or "").partition(".")[0]
-        if package not in OPTIONAL:
+        extra = next((extra for extra, packages in OPTIONAL.items() if package in packages), None)
+        if extra is None:
             raise
-        error, text = e, f'{package} is not installed; pip install "openllama[train]"'
+        error, text = e, f'{package} is not installed; pip install "openllama[{extra}]"'
     if os.environ.get("OPENLLAMA_DEBUG") == "1":
         import traceback
 

@@ -152,7 +152,7 @@ def _at_least(pieces: Iterator[bytes], size: int) -> bytes:
 
 def parquet_rows(path: Path, after: int, columns: list[str], advance: Advance) -> Records:
     """Row by row, some hundred in memory at once; row groups before `after` are not read."""
-    pyarrow = needs("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     try:
@@ -177,15 +177,3 @@ def _group_rows(file: Any, group: int, names: list[str], row: int, after: int) -
             row += 1
             if row > after:
                 yield row, value
-
-
-def needs(module: str) -> Any:
-    """An optional module, or an error that says how to get it."""
-    from importlib import import_module
-
-    try:
-        return import_module(module)
-    except ImportError:
-        raise ModuleNotFoundError(
-            f'{module} is not installed, and this source takes it: pip install "openllama[data]"'
-        ) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 import zstandard
 
 PIECE = 1 << 14  # bytes read at once
-ZSTD_PIECE = 512  # zstd can make 128 KiB of 4 bytes: this holds a decompression bomb to 16 MiB a piece
+ZSTD_PIECE = 1 << 10  # zstd can make 128 KiB of 4 bytes: this holds a decompression bomb to 32 MiB a piece
 LONGEST = 128 << 20  # bytes of a line; a longer one is no text, and would fill the memory
 
 Advance = Callable[[int], None]  # told the bytes just read from the disk
@@ -97,17 +97,17 @@ def _gzip(path: str | Path, advance: Advance) -> Iterator[bytes]:
 def _zstd(path: str | Path, advance: Advance) -> Iterator[bytes]:
     """Frame by frame with decompressobj: zstandard's stream_reader ends silently where a frame is cut off."""
     frame = None
-    with open(path, "rb") as file:
-        try:
-            while chunk := file.read(ZSTD_PIECE):
-                advance(len(chunk))
+    try:
+        for piece in _plain(path, advance):
+            for start in range(0, len(piece), ZSTD_PIECE):
+                chunk = piece[start : start + ZSTD_PIECE]
                 while chunk:
                     frame = frame or zstandard.ZstdDecompressor().decompressobj()
                     if text := frame.decompress(chunk):
                         yield text
                     chunk = frame.unused_data if frame.eof else b""
                     frame = None if frame.eof else frame
-        except zstandard.ZstdError as e:
-            raise Unreadable("not zstd, or corrupt", str(e)) from None
+    except zstandard.ZstdError as e:
+        raise Unreadable("not zstd, or corrupt", str(e)) from None
     if frame is not None:
         raise Unreadable("truncated zstd")

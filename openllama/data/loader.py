@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,15 @@ class Batch:
     cu_seqlens: torch.Tensor  # int32 (pieces + 1,), where each piece starts, and the end
     max_seqlen: int  # tokens of the longest piece
     targets: int  # labels that count
+
+
+class Piece(NamedTuple):
+    """A run of tokens of one document in a pack."""
+
+    source: str
+    document: int
+    start: int  # token of the document
+    length: int  # inputs
 
 
 class PackedLoader:
@@ -78,7 +87,7 @@ class PackedLoader:
         self._tokens = [cache.ids for cache in self.sources.values()]
         self._pack_groups()
         self.epoch = self.next_pack = 0
-        self._order, self._order_epoch = self._epoch_order(0), 0
+        self._order, self._order_epoch = self.order(0), 0
 
     def _pack_groups(self) -> None:
         """Packs the documents of each weight by themselves, and counts what an epoch takes of them."""
@@ -118,7 +127,7 @@ class PackedLoader:
         if self.next_pack >= self.packs:
             self.epoch, self.next_pack = self.epoch + 1, 0
         if self._order_epoch != self.epoch:
-            self._order, self._order_epoch = self._epoch_order(self.epoch), self.epoch
+            self._order, self._order_epoch = self.order(self.epoch), self.epoch
         made = self._make(self._order, self.next_pack, self.epoch)
         self.next_pack = min(self.next_pack + self.world_size * self.batch, self.packs)
         return made
@@ -128,7 +137,7 @@ class PackedLoader:
 
         Its first batches are a fair sample of the corpus, for epoch 0 is shuffled too (unless shuffle is off).
         """
-        order = self._epoch_order(0)
+        order = self.order(0)
         for first in range(0, self.packs, self.world_size * self.batch):
             yield self._make(order, first, 0)
 
@@ -167,8 +176,8 @@ class PackedLoader:
             "long": self.long,
         }
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        """The packs of an epoch. Each group is an endless row of permutations of its packs, of which every epoch takes
+    def order(self, epoch: int) -> np.ndarray:
+        """The numbers of an epoch's packs. Each group is an endless row of permutations of its packs, of which every epoch takes
         the next part, so that a weight of 0.5 takes every pack once in two epochs."""
         parts = []
         for group, (first, count, taken) in enumerate(self._groups):
@@ -182,6 +191,19 @@ class PackedLoader:
             if len(self._groups) == 1
             else order[self._permutation(len(order), epoch, len(self._groups))]
         )
+
+    def pieces(self, pack: int) -> list[Piece]:
+        """What a pack is made of. A sampled piece is given at its earliest start."""
+        found, caches = [], list(self.sources.items())
+        base = np.cumsum([0, *(cache.tokens for _, cache in caches)])
+        for i in range(int(self._packs.first[pack]), int(self._packs.first[pack + 1])):
+            at = int(self._packs.source[i])
+            file = int(np.searchsorted(base, at, side="right")) - 1
+            name, cache = caches[file]
+            document = int(np.searchsorted(cache.offsets, at - base[file], side="right")) - 1
+            start = int(at - base[file] - int(cache.offsets[document]))
+            found.append(Piece(name, document, start, int(self._packs.length[i])))
+        return found
 
     def _permutation(self, count: int, turn: int, group: int) -> np.ndarray:
         """RandomState, not Generator: only its streams are promised to stay the same in later numpy

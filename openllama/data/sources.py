@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .documents import Fields
-from .formats import SUFFIXES, Data, needs, records, whole_text
+from .formats import SUFFIXES, Data, records, whole_text
 from .lines import Advance, Unreadable
 
 ENDS = 1 << 16  # bytes of each end of a file that its fingerprint takes
@@ -68,7 +68,7 @@ def open_source(source: str | Path, fields: Fields) -> Source:
     if name == PYTHON:
         return python_source()
     if name.startswith(HUB):
-        return HubSource(name, fields)
+        return HubSource(name)
     if name.startswith(CODE):
         root = Path(name.removeprefix(CODE))
         if not root.is_dir():
@@ -166,12 +166,11 @@ def python_source() -> CodeSource:
 class HubSource(Source):
     """A dataset that the `datasets` library can open, read as a stream."""
 
-    def __init__(self, name: str, fields: Fields) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        needs("datasets")
         spec, _, split = name.removeprefix(HUB).partition(":")
         self._path, _, config = spec.partition(",")
-        self._config, self._split, self._fields = config or None, split or "train", fields
+        self._config, self._split = config or None, split or "train"
 
     def records(self, after: Place, advance: Advance) -> Iterator[Record]:
         from datasets import load_dataset

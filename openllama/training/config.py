@@ -82,8 +82,8 @@ class TrainConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: got {self.seed}, takes a whole number from 0 to below 2^32")
         for shards in (self.shards, self.valid_shards):
-            for name in shards if isinstance(shards, dict) else ():
-                if not re.fullmatch(r"\w[\w.-]*", name):
+            for name in by_name(shards):
+                if name and not re.fullmatch(r"\w[\w.-]*", name):
                     raise ValueError(
                         f"shards: got the name {name!r}, takes letters, digits, '.', '-' and '_'"
                     )
@@ -110,3 +110,8 @@ class TrainConfig:
         progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
         floor = self.min_lr_share
         return self.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def by_name(shards: str | dict[str, str] | None) -> dict[str, str]:
+    """The folders of several sources by name; one alone has none."""
+    return shards if isinstance(shards, dict) else {"": shards} if shards else {}

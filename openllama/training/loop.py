@@ -27,7 +27,7 @@ from openllama.model import Llama, flops_per_token
 from openllama.optim import AdamW, decay_groups
 from openllama.tokenizer import Tokenizer
 from openllama.training import checkpoint
-from openllama.training.config import TrainConfig
+from openllama.training.config import TrainConfig, by_name
 from openllama.training.faults import StopSignal
 from openllama.training.monitor import Monitor, read_metrics
 from openllama.training.ranks import TIMEOUT, Ranks
@@ -72,7 +72,7 @@ class Trainer:
                 f"{c.tokenizer}: its vocabulary of {self.tokenizer.vocab_size} is over the model's vocab_size="
                 f"{shape.vocab_size}; set model.vocab_size={self.tokenizer.vocab_size} or train a smaller tokenizer"
             )
-        for folder in (*_by_name(c.shards).values(), *_by_name(c.valid_shards).values()):
+        for folder in (*by_name(c.shards).values(), *by_name(c.valid_shards).values()):
             read_manifest(folder)
 
     def _tokens(self, shards: str | dict[str, str] | None, split: str) -> dict[str, TokenCache]:
@@ -82,7 +82,7 @@ class Trainer:
                 name: tokenize(
                     folder, self.tokenizer, self.out / "tokens" / split / name, progress=self.ranks.is_main
                 )
-                for name, folder in _by_name(shards).items()
+                for name, folder in by_name(shards).items()
             }
 
     def _loader(
@@ -306,11 +306,6 @@ class Trainer:
         )
         if self.step:
             say(f"resumed at step {self.step} from {self.checkpoints}")
-
-
-def _by_name(shards: str | dict[str, str] | None) -> dict[str, str]:
-    """The folders of several sources by name; one alone has none."""
-    return shards if isinstance(shards, dict) else {"": shards} if shards else {}
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -112,7 +112,9 @@ def test_the_order_depends_on_seed_and_epoch_alone(cache_of):
     batches = list(islice(first, 3 * first.batches_per_epoch))
     assert all(map(same, batches, again))
     assert not all(map(same, batches, other))
-    assert PackedLoader(cache, 16, 4)._order[:8].tolist() == PackedLoader(cache, 16, 2)._order[:8].tolist()
+    assert (
+        PackedLoader(cache, 16, 4).order(0)[:8].tolist() == PackedLoader(cache, 16, 2).order(0)[:8].tolist()
+    )
 
 
 def test_the_shuffle_is_pinned(cache_of):
@@ -350,3 +352,13 @@ def test_long_documents_are_sampled_elsewhere_each_epoch(cache_of):
     assert same(next(again), next(sampled))
     (cut,) = epochs(PackedLoader(cache, 20, 1, long="truncate"), 1)
     assert sorted(cut) == [2, 3, *range(11, 31)]
+
+
+def test_pieces_say_what_a_pack_is_made_of(mixed):
+    sources, _ = mixed
+    loader = PackedLoader(sources, 16, 1)
+    for pack, batch in zip(loader.order(0), loader.one_epoch()):
+        made = [ids for ids, labels, _ in pieces(batch) if labels[0] != -100]
+        for piece, ids in zip(loader.pieces(pack), made, strict=True):
+            document = sources[piece.source][piece.document]
+            assert document[piece.start : piece.start + piece.length].tolist() == ids

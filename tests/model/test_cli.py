@@ -19,6 +19,8 @@ SCRIPTS = {
     "train_tokenizer": ["--shards", "none", "--out", "t.model"],
     "generate": ["--checkpoint", "none"],
     "pretrain": ["--config", "none.yaml"],
+    "inspect_data": ["--config", "none.yaml"],
+    "merge_tokenizer": ["--base", "none", "--add", "none", "--out", "out.model"],
     "quickstart": ["--config", "none.yaml"],
 }
 
@@ -85,6 +87,16 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(name, package, 
     assert done.stderr == f'error: {package} is not installed; pip install "openllama[train]"\n'
 
 
+@pytest.mark.parametrize("source, package", [("hf:name", "datasets"), ("a.parquet", "pyarrow")])
+def test_a_source_whose_package_is_not_installed(source, package, tmp_path):
+    (tmp_path / "a.parquet").touch()
+    done = script("prepare_data", tmp_path, without=package, arguments=["--source", source, "--out", "out"])
+    assert (done.returncode, done.stderr) == (
+        1,
+        f'error: {package} is not installed; pip install "openllama[data]"\n',
+    )
+
+
 @pytest.mark.parametrize("package", ["huggingface_hub", "sentencepiece"])
 def test_the_command_names_missing_packages_too(package, tmp_path, monkeypatch, capsys):
     def missing():
@@ -107,11 +119,12 @@ def test_import_says_that_a_fold_stays(tmp_path, capsys):
         assert ("stable embedding stays folded" in capsys.readouterr().out) == stable
 
 
-def test_every_package_of_the_extra_is_known():
+@pytest.mark.parametrize("extra", cli.OPTIONAL)
+def test_every_package_of_an_extra_is_known(extra):
     """By the name that `import` takes."""
-    line = next(x for x in (ROOT / "pyproject.toml").read_text().splitlines() if x.startswith("train = ["))
-    names = set(re.findall(r'"(\w+)', line))
-    assert names - {"protobuf"} <= cli.OPTIONAL and "google" in cli.OPTIONAL
+    line = next(x for x in (ROOT / "pyproject.toml").read_text().splitlines() if x.startswith(f"{extra} = ["))
+    names = set(re.findall(r'"(\w+)', line)) - {"openllama", "protobuf"}
+    assert names <= cli.OPTIONAL[extra] and "google" in cli.OPTIONAL["train"]
 
 
 @pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, FloatingPointError])
