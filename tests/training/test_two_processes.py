@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import yaml
 from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.faults import is_launcher
+from openllama.training.loop import Trainer
 from openllama.training.monitor import read_metrics
 
+from .conftest import WORDS, write_shards
 from .test_resume import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +65,34 @@ def test_two_processes_equal_one_with_twice_the_batch_and_one_goes_on(settings, 
         for run in ("parted", "whole")
     ]
     assert states[0]["tokens"] == states[1]["tokens"] and states[0]["loader"] == states[1]["loader"]
+
+
+def test_uneven_ends_and_a_validation_smaller_than_the_ranks(settings, tmp_path):
+    """Ranks get different token counts, epochs end in the middle of a batch, one pack is held out."""
+    draw = random.Random(3)
+    documents = [" ".join(draw.choices(WORDS, k=draw.choice([3, 9, 200]))) for _ in range(62)]
+    write_shards(tmp_path / "shards", documents)
+    write_shards(tmp_path / "held", ["def value in self"])
+    shared = {"shards": str(tmp_path / "shards"), "valid_shards": str(tmp_path / "held"), "steps": 14}
+    two = settings(out=str(tmp_path / "two"), batch=3, accumulation=3, warmup=4, **shared)
+    one = settings(out=str(tmp_path / "one"), batch=6, accumulation=3, warmup=4, **shared)
+    said = finish(start(two, 2))
+    finish(start(one, 1))
+    records = [read_metrics(Path(c.out) / "metrics.jsonl") for c in (one, two)]
+    assert [r["step"] for r in records[0]] == [r["step"] for r in records[1]]  # one process's records, once
+    assert (
+        said.count("step     14/14") == 1 and said.count("tokenised") == 2
+    )  # rank 0's: training and held out
+    trained = [[r for r in run if "loss" in r] for run in records]
+    assert len(trained[0]) == 14 and trained[0][-1]["epoch"] >= 2
+    for a, b in zip(*trained):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["lr"] == b["lr"] == one.lr_at(a["step"])  # the schedule steps once an optimizer step
+        assert a["tokens"] == b["tokens"] and a["epoch"] == b["epoch"]
+    held_out = [[r["valid_loss"] for r in run if "valid_loss" in r] for run in records]
+    assert len(held_out[0]) == 5 and held_out[0] == pytest.approx(held_out[1], rel=1e-5)
+    loader = Trainer(one).loader
+    assert loader.packs % 6 and loader.packs < 14 * 18 / 2, "the end of an epoch must be uneven"
 
 
 @pytest.mark.parametrize(
