@@ -4,6 +4,7 @@
 #   TORCH="torch==2.13.0"                          which torch to install (pip's words; for example a CPU build:
 #   TORCH="torch --index-url https://download.pytorch.org/whl/cpu")
 #   PIP_CONSTRAINT=file                            pip's own variable is honoured
+#   LANGS=1                                        quickstart: English, Chinese and Japanese beside Python
 #   OPENLLAMA_CUDA=0                               leave the CUDA kernels out of the build
 #   CXX, CUDA_HOME, MAX_JOBS                       compiler, toolkit, parallel compiles
 
@@ -12,6 +13,7 @@ export TORCH ?= torch>=2.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+LANGUAGES := $(filter-out 0,$(LANGS))
 NATIVE := $(shell find csrc -type f)
 
 # .venv/.torch holds the TORCH it was made with. Another one, given in the environment or on the command line,
@@ -24,8 +26,8 @@ endif
 
 .PHONY: quickstart test lint format bench-ops report clean
 
-quickstart: $(VENV)/.ready
-	$(BIN)/python -m train.quickstart
+quickstart: $(VENV)/.ready$(LANGUAGES:%=-langs)
+	$(BIN)/python -m train.quickstart $(LANGUAGES:%=--config train/configs/tiny-langs.yaml)
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2
@@ -63,6 +65,10 @@ $(VENV)/.torch:
 
 $(VENV)/.ready: $(VENV)/.torch setup.py pyproject.toml $(NATIVE)
 	$(PIP) install -q --no-build-isolation -e ".[train,bench]"
+	@touch $@
+
+$(VENV)/.ready-langs: $(VENV)/.ready
+	$(PIP) install -q --no-build-isolation -e ".[train,bench,langs]"
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

@@ -33,7 +33,7 @@ def sample(
     """Continues each prompt.
 
     Args:
-        model: on any device and in any dtype; logits are sampled from in fp32.
+        model: on any device and in any dtype; logits are sampled from in fp64.
         prompts: ids of each, at least one (bos, where the model was trained with it). Lengths may differ: no padding.
             A context that outgrows the model's max_positions loses its oldest quarter (see `Decoder`, also for the
             cache's memory).
@@ -62,10 +62,10 @@ def sample(
     decoder = Decoder(model, prompts, max_new_tokens)
     open_prompts = list(range(len(prompts)))  # the prompt of each of the decoder's rows
     for _ in range(max_new_tokens):
-        logits = decoder.logits()[:, :limit].float().cpu()
+        drawing = [generators[i] for i in open_prompts]
+        tokens = _draw(decoder.logits()[:, :limit], temperature, top_k, top_p, drawing)
         still_open = []
-        for row, i in enumerate(open_prompts):
-            token = _draw(logits[row], temperature, top_k, top_p, generators[i])
+        for row, (i, token) in enumerate(zip(open_prompts, tokens)):
             if token == eos_id:
                 continue
             new[i].append(token)
@@ -185,22 +185,35 @@ class _Text:
 
 
 def _draw(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> int:
-    """One id from logits, (vocab,) fp32 on the CPU."""
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generators: Sequence[torch.Generator]
+) -> list[int]:
+    """An id of each row of logits, (rows, vocab), each drawn with a generator of its own, on the CPU.
+
+    What a generator gives is one number in [0, 1), where it cuts the row's distribution. The rest is done on the
+    logits' device, in fp64: only the ids come to the host.
+    """
     if not logits.isfinite().all():
         raise ValueError("model: its logits are not finite; the weights are damaged or the run has diverged")
     if temperature == 0:
-        return int(logits.argmax())
+        return logits.argmax(-1).tolist()
     # Shifted before it is divided: a tiny temperature would overflow otherwise.
-    scaled = (logits - logits.max()) / temperature
-    values, ids = scaled.topk(min(top_k, len(scaled))) if top_k else scaled.sort(descending=True, stable=True)
-    probabilities = values.softmax(0)
+    values = (logits - logits.amax(-1, keepdim=True)).double() / temperature
+    ids = None  # of the values, where they are no longer in the vocabulary's order
+    if top_k:
+        values, ids = values.topk(min(top_k, values.shape[-1]))
+    elif top_p < 1:
+        values, ids = values.sort(descending=True, stable=True)
+    probabilities = values.softmax(-1)
     if top_p < 1:
-        before = probabilities.cumsum(0) - probabilities  # what likelier tokens hold
+        before = probabilities.cumsum(-1) - probabilities  # what likelier tokens hold
         probabilities = probabilities.masked_fill(before >= top_p, 0)
-        probabilities[0] = max(float(probabilities[0]), 1e-30)  # the likeliest stays, whatever the rounding
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+    below = probabilities.cumsum(-1)
+    total = below[:, -1:].contiguous()
+    uniform = torch.cat([torch.rand(1, dtype=torch.float64, generator=g) for g in generators])
+    wanted = uniform.to(logits.device)[:, None] * total
+    # The product may round up to the total; what lies there has no probability of its own.
+    at = torch.minimum(torch.searchsorted(below, wanted, right=True), torch.searchsorted(below, total))
+    return (at if ids is None else ids.gather(-1, at)).flatten().tolist()
 
 
 def _check(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, limit) -> None:

@@ -31,4 +31,16 @@ def test_equals_the_formula_and_no_pair_crosses_a_border(cache_of):
     train = [[1, 5, 6, 5, 6, 2], [1, 7, 2], [1, 5, 5, 2]]
     valid = [[1, 5, 6, 2], [1, 8, 8, 2]]  # 8 never occurs in train
     caches = cache_of(train, "train"), cache_of(valid, "valid")
-    assert bigram_loss(*caches) == pytest.approx(naive(train, valid, caches[0].vocab_size), rel=1e-9)
+    expected = naive(train, valid, caches[0].vocab_size)
+    assert bigram_loss(caches[:1], caches[1:]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_several_sources_count_as_one_text(cache_of):
+    train = [[1, 5, 6, 2], [1, 5, 7, 2]], [[1, 9, 6, 5, 2]]
+    valid = [[1, 5, 6, 2]], [[1, 9, 5, 2], [1, 6, 6, 2]]
+    caches = [
+        [cache_of(documents, f"{split}{i}") for i, documents in enumerate(sources)]
+        for split, sources in (("train", train), ("valid", valid))
+    ]
+    expected = naive([*train[0], *train[1]], [*valid[0], *valid[1]], caches[0][0].vocab_size)
+    assert bigram_loss(*caches) == pytest.approx(expected, rel=1e-9)

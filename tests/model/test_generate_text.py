@@ -36,7 +36,7 @@ def write(monkeypatch, spm, model):
         pieces = [[] for _ in scripts]
 
         def draw(*arguments):
-            return next(left[arguments[-1].initial_seed()], spm.eos_id)
+            return [next(left[g.initial_seed()], spm.eos_id) for g in arguments[-1]]
 
         monkeypatch.setattr(module, "_draw", draw)
         prompts = prompts or [""] * len(scripts)

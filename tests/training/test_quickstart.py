@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,14 +27,19 @@ SETTINGS = {
 }
 
 
+LANGUAGES = {"english", "chinese", "japanese"}
+
+
 def quickstart(tmp_path: Path, **changes) -> subprocess.CompletedProcess:
+    """Runs it in another folder than the repository's, on Python's source alone unless `changes` say otherwise."""
     out = tmp_path / "run"
     paths = {"shards": f"{out}/shards/train", "valid_shards": f"{out}/shards/valid", "out": str(out)}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**SETTINGS, **paths, "tokenizer": f"{out}/tokenizer.model", **changes}))
-    command = [sys.executable, "-m", "train.quickstart", "--config", str(config), "--max-bytes", "1500000"]
+    script = str(ROOT / "train/quickstart.py")
+    command = [sys.executable, script, "--config", "config.yaml", "--max-bytes", "1500000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
 
 
 def test_quickstart_and_its_second_run(tmp_path):
@@ -47,6 +53,7 @@ def test_quickstart_and_its_second_run(tmp_path):
         "tokenizer.model",
         "metrics.jsonl",
         "loss.png",
+        "categories.png",
         "hf/model.safetensors",
     ):
         assert (out / name).stat().st_size > 0, name
@@ -54,6 +61,8 @@ def test_quickstart_and_its_second_run(tmp_path):
     held_out = summary["held_out"]
     assert len(summary["failed"]) == 1 and unmet in summary["failed"][0]
     assert 1 < held_out["bigram_bits_per_byte"] < held_out["bits_per_byte"] < 5
+    (alone,) = held_out["categories"].values()
+    assert alone["bits_per_byte"] == pytest.approx(held_out["bits_per_byte"], rel=1e-6)
     assert summary["export"]["relative_gap"] < 1e-4 and summary["speed"]["loss_gap"] < 1e-3
     assert len(summary["samples"]) == 3 and summary["speed"]["ratio"] > 0
 
@@ -66,3 +75,36 @@ def test_quickstart_and_its_second_run(tmp_path):
     assert (
         other.returncode == 1 and "made with lr=0.02, now 0.001" in other.stderr and str(out) in other.stderr
     )
+
+
+def test_languages_beside_python(tmp_path):
+    """Texts in three languages are a second source: figures and samples of each, and one model of all."""
+    sources = {
+        f"{key}shards": {name: f"{tmp_path}/run/shards/{name}/{split}" for name in ("python", "languages")}
+        for key, split in (("", "train"), ("valid_", "valid"))
+    }
+    small = {"model": {**SETTINGS["model"], "vocab_size": 4096}, "steps": 8, "valid_every": 8}
+    done = quickstart(tmp_path, **sources, **small, mix={"chinese": 2, "japanese": 4})
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert len(summary["failed"]) == 1 and "not below the bigram model's" in done.stderr, done.stderr
+
+    categories, held_out = summary["held_out"]["categories"], summary["held_out"]
+    assert categories.keys() == {"stdlib", *LANGUAGES}
+    for name, figures in categories.items():
+        assert figures["documents"] > 0 and figures["loss"] > 0
+        assert figures["bytes_per_token"] == pytest.approx(summary["bytes_per_token"][f"category {name}"])
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"{name} "))
+        assert line.split()[1:4:2] == [f"{figures['documents']}", f"{figures['bits_per_byte']:.3f}"]
+    # each of their three-byte characters was seen by the tokenizer, most words too
+    assert min(categories[name]["bytes_per_token"] for name in ("chinese", "japanese")) > 3
+    rates = [figures["bits_per_byte"] for figures in categories.values()]
+    assert min(rates) < held_out["bits_per_byte"] < max(rates)
+    assert sum(any(letter > "\u3000" for letter in text[:4]) for text in summary["samples"]) == 2
+
+
+def test_other_sources_are_refused(tmp_path):
+    folders = {"pile": f"{tmp_path}/shards/train"}
+    done = quickstart(tmp_path, shards=folders, valid_shards=folders)
+    assert done.returncode == 1 and "got the name 'pile'" in done.stderr and "config.yaml" in done.stderr
+    done = quickstart(tmp_path, shards={"python": "a"}, valid_shards={"languages": "b"})
+    assert done.returncode == 1 and "takes the same names in both" in done.stderr
