@@ -1,22 +1,24 @@
 """The token cache: a shard folder tokenised once, in parallel, and opened by memory map.
 
-tokens.bin holds every document as bos, ids, eos; offsets.npy (uint64) where each starts, and the end;
-categories.npy (uint16) which of cache.json's names is each one's category; cache.json, written last, says what all of
-it was made from.
+tokens.bin holds every document as bos, ids, eos; offsets.bin (uint64) where each starts, and the end; categories.bin
+(uint16) which of cache.json's names is each one's category; cache.json, written last, says what all of it was made from.
+Until then journal.json says how many shards the files hold: an interrupted run goes on from there.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from openllama.files import file_written_aside, read_json, write_json
+from openllama.files import read_json, write_json
 from openllama.tokenizer import Tokenizer
 
 from . import shards
@@ -25,7 +27,8 @@ from .pool import ordered_map, process_count
 from .progress import bar
 
 VERSION = 2
-TOKENS, OFFSETS, CATEGORIES, INDEX = "tokens.bin", "offsets.npy", "categories.npy", "cache.json"
+TOKENS, OFFSETS, CATEGORIES, INDEX = "tokens.bin", "offsets.bin", "categories.bin", "cache.json"
+JOURNAL = "journal.json"
 MOST_CATEGORIES = 1 << 16
 # Handed to a worker at once: characters of text, and at most so many texts. Small enough that memory stays
 # flat, large enough to hide the hand-over.
@@ -36,8 +39,23 @@ BYTES_PER_PROCESS = 8 << 20
 _KEYS = ("tokens", "documents", "text_bytes", "categories", "vocab_size", "pad_id", "fingerprint", "dtype")
 _MADE_FROM = ("tokenizer", "shards")  # compared by `tokenize` only
 
-# ids of all documents; of each the length, the category, the bytes of its text
-Encoded = tuple[np.ndarray, np.ndarray, list[str], list[int]]
+
+class Batch(NamedTuple):
+    """Some documents of one shard."""
+
+    texts: list[str]
+    categories: list[str]
+    ends: bool  # whether the shard ends with them
+
+
+class Encoded(NamedTuple):
+    """What a process makes of a batch."""
+
+    ids: np.ndarray  # of all documents
+    lengths: np.ndarray  # uint64, of each document
+    categories: list[str]
+    text_bytes: list[int]
+    ends: bool
 
 
 class TokenCache:
@@ -60,29 +78,19 @@ class TokenCache:
         self.pad_id: int = self.meta["pad_id"]
         self.fingerprint: str = self.meta["fingerprint"]
         self.categories: dict[str, int] = self.meta["categories"]
-        dtype = np.dtype(self.meta["dtype"])
-        self._expect(TOKENS, self.tokens * dtype.itemsize)
-        self.offsets = self._load(OFFSETS, self.meta["documents"] + 1)
+        self.ids = self._open(TOKENS, self.meta["dtype"], self.tokens)
+        self.offsets = self._open(OFFSETS, "uint64", self.meta["documents"] + 1)
+        self.category_of = self._open(CATEGORIES, "uint16", self.meta["documents"])
         if self.offsets[-1] != self.tokens:
             raise ValueError(f"{self.path / OFFSETS}: does not fit {INDEX}; {_AGAIN}")
-        self.category_of = self._load(CATEGORIES, self.meta["documents"])
-        # A plain view: indexing numpy's memmap class itself is slower.
-        self.ids: np.ndarray = np.memmap(self.path / TOKENS, dtype, mode="r").view(np.ndarray)  # (tokens,)
 
-    def _expect(self, name: str, size: int) -> None:
-        path = self.path / name
+    def _open(self, name: str, dtype: str, length: int) -> np.ndarray:
+        path, size = self.path / name, length * np.dtype(dtype).itemsize
         got = path.stat().st_size if path.exists() else "no such file"
         if got != size:
             raise ValueError(f"{path}: {INDEX} says {size} bytes, got {got}; {_AGAIN}")
-
-    def _load(self, name: str, length: int) -> np.ndarray:
-        try:
-            found = np.load(self.path / name, mmap_mode="r").view(np.ndarray)
-        except (OSError, ValueError, EOFError) as e:
-            raise ValueError(f"{self.path / name}: cannot be read ({e}); {_AGAIN}") from None
-        if len(found) != length:
-            raise ValueError(f"{self.path / name}: does not fit {INDEX}; {_AGAIN}")
-        return found
+        # A plain view: indexing numpy's memmap class itself is slower.
+        return np.memmap(path, dtype, mode="r").view(np.ndarray)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -110,33 +118,38 @@ def tokenize(
 ) -> TokenCache:
     """Tokenises a shard folder into `out_dir`, or opens what the same shards and tokenizer gave before.
 
-    `processes`: default one per core, fewer for a small corpus; the result does not depend on it. A cache
-    made from other shards or another tokenizer raises ValueError. Says how fast it was, with `progress`.
+    `processes`: default one per core, fewer for a small corpus; the result does not depend on it. Interrupted, it goes
+    on after the last shard that was whole. A cache made from other shards or another tokenizer raises ValueError. Says
+    how fast it was, with `progress`.
     """
     manifest = shards.read_manifest(shards_dir)
     out, made_from = Path(out_dir), _made_from(shards_dir, tokenizer)
+    for name in (INDEX, JOURNAL):
+        if (out / name).exists() and (
+            stale := _differences(read_json(out / name, VERSION, _MADE_FROM), made_from)
+        ):
+            raise ValueError(f"{out}: made from {stale}; remove {out}, or choose another `out`")
     if (out / INDEX).exists():
-        if not (stale := _differences(read_json(out / INDEX, VERSION, _MADE_FROM), made_from)):
-            return TokenCache(out)
-        raise ValueError(f"{out}: made from {stale}; remove {out}, or choose another `out`")
+        return TokenCache(out)
     if len(manifest["categories"]) > MOST_CATEGORIES:
         raise ValueError(
             f"{shards_dir}: {len(manifest['categories']):,} categories, takes at most {MOST_CATEGORIES:,}; "
             "prepare it with another category key"
         )
     processes = process_count(processes, manifest["text_bytes"], BYTES_PER_PROCESS)
-    out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with bar("tokenising", manifest["text_bytes"], progress) as advance:
-        batches = _batches(shards.read_shards(shards_dir))
-        counts = _write(
-            out, made_from["dtype"], ordered_map(_encode, batches, processes, (tokenizer,)), advance
-        )
-    write_json(out / INDEX, {"version": VERSION, **made_from, **counts})
+    try:
+        made = _write(Path(shards_dir), manifest, tokenizer, out, made_from, processes, progress)
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            e.errno, f"{out}: the disk is full; free space and run again, it goes on where it was"
+        ) from None
     if progress:
         seconds = time.perf_counter() - began
         print(
-            f"tokenised {counts['tokens']:,} tokens in {seconds:.1f} s: {counts['tokens'] / seconds:,.0f} tokens/s, "
+            f"tokenised {made:,} tokens in {seconds:.1f} s: {made / seconds:,.0f} tokens/s, "
             f"{processes} process{'es' * (processes > 1)}",
             flush=True,
         )
@@ -164,51 +177,125 @@ def _differences(meta: dict[str, Any], made_from: dict[str, Any]) -> str:
     )
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[tuple[str, str]]]:
-    """(text, category) of some documents at a time."""
-    batch: list[tuple[str, str]] = []
-    size = 0
-    for document in documents:
-        batch.append((document["text"], document["meta"]["category"]))
-        size += len(document["text"])
-        if size >= BATCH_CHARACTERS or len(batch) == BATCH_TEXTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+_COUNTS = ("whole_shards", "documents", "tokens", "text_bytes")
 
 
-def _encode(batch: list[tuple[str, str]], tokenizer: Tokenizer) -> Encoded:
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    documents = [
-        np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype) for text, _ in batch
-    ]
-    lengths = np.array([len(d) for d in documents], np.uint64)
-    sizes = [len(text.encode()) for text, _ in batch]
-    return np.concatenate(documents), lengths, [category for _, category in batch], sizes
+class _Growing:
+    """The files while they are made, and what the journal says of them."""
+
+    def __init__(self, out: Path, made_from: dict[str, Any]) -> None:
+        self.out, self.made_from = out, made_from
+        self.whole_shards = self.documents = self.tokens = 0
+        self.text_bytes: dict[str, int] = {}  # of each category, in the order they come
+        if (out / JOURNAL).exists():
+            journal = read_json(out / JOURNAL, VERSION, _COUNTS)
+            self.whole_shards, self.documents, self.tokens, self.text_bytes = (journal[k] for k in _COUNTS)
+        self.number = {name: i for i, name in enumerate(self.text_bytes)}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> _Growing:
+        sizes = {
+            TOKENS: self.tokens * np.dtype(self.made_from["dtype"]).itemsize,
+            OFFSETS: 8 * self.documents,
+            CATEGORIES: 2 * self.documents,
+        }
+        self.files = {name: self._open(name, size) for name, size in sizes.items()}
+        return self
+
+    def _open(self, name: str, size: int) -> BinaryIO:
+        path = self.out / name
+        path.touch()
+        if path.stat().st_size < size:
+            raise ValueError(
+                f"{path}: {JOURNAL} says at least {size} bytes, got {path.stat().st_size}; {_AGAIN}"
+            )
+        file = open(path, "r+b")  # noqa: SIM115 closed by __exit__
+        file.truncate(size)  # what came after the last whole shard comes again
+        file.seek(size)
+        return file
+
+    def __exit__(self, *error: object) -> None:
+        for file in self.files.values():
+            with suppress(OSError):  # on a full disk: what failed has said so already
+                file.close()
+
+    def add(self, made: Encoded) -> None:
+        self.files[TOKENS].write(made.ids.tobytes())
+        ends = np.cumsum(made.lengths, dtype=np.uint64) + np.uint64(self.tokens)
+        self.files[OFFSETS].write((ends - made.lengths).tobytes())
+        for name, size in zip(made.categories, made.text_bytes):
+            self.text_bytes[name] = self.text_bytes.get(name, 0) + size
+        numbers = [self.number.setdefault(name, len(self.number)) for name in made.categories]
+        self.files[CATEGORIES].write(np.array(numbers, np.uint16).tobytes())
+        self.tokens, self.documents = int(ends[-1]), self.documents + len(ends)
+        if made.ends:
+            self.whole_shards += 1
+            self._sync()
+            counts = {k: getattr(self, k) for k in _COUNTS}
+            write_json(self.out / JOURNAL, {"version": VERSION, **self.made_from, **counts})
+
+    def _sync(self) -> None:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """The index, which makes the files count, comes last."""
+        self.files[OFFSETS].write(np.uint64(self.tokens).tobytes())
+        self._sync()
+        index = {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "text_bytes": sum(self.text_bytes.values()),
+            "categories": self.text_bytes,
+        }
+        write_json(self.out / INDEX, {"version": VERSION, **self.made_from, **index})
+        (self.out / JOURNAL).unlink()
 
 
 def _write(
-    out: Path, dtype: str, results: Iterable[Encoded], advance: Callable[[int], None]
-) -> dict[str, Any]:
-    offsets, numbers = array("Q", [0]), array("H")
-    text_bytes: dict[str, int] = {}  # of each category, in the order they come
-    order: dict[str, int] = {}
-    with file_written_aside(out / TOKENS) as file:
-        for ids, lengths, categories, sizes in results:
-            file.write(ids.astype(dtype, copy=False).tobytes())
-            offsets.extend((np.cumsum(lengths, dtype=np.uint64) + np.uint64(offsets[-1])).tolist())
-            for name, size in zip(categories, sizes):
-                text_bytes[name] = text_bytes.get(name, 0) + size
-                numbers.append(order.setdefault(name, len(order)))
-            advance(sum(sizes))
-    with file_written_aside(out / OFFSETS) as file:
-        np.save(file, np.frombuffer(offsets, np.uint64))
-    with file_written_aside(out / CATEGORIES) as file:
-        np.save(file, np.frombuffer(numbers, np.uint16))
-    return {
-        "documents": len(offsets) - 1,
-        "tokens": offsets[-1],
-        "text_bytes": sum(text_bytes.values()),
-        "categories": text_bytes,
-    }
+    folder: Path,
+    manifest: dict[str, Any],
+    tokenizer: Tokenizer,
+    out: Path,
+    made_from: dict[str, Any],
+    processes: int,
+    progress: bool,
+) -> int:
+    """The number of tokens that were made now."""
+    with _Growing(out, made_from) as growing, bar("tokenising", manifest["text_bytes"], progress) as advance:
+        advance(sum(growing.text_bytes.values()))
+        before = growing.tokens
+        left = manifest["shards"][growing.whole_shards :]
+        batches = (batch for entry in left for batch in _batches(shards.read_shard(folder, entry)))
+        with closing(ordered_map(_encode, batches, processes, (tokenizer,))) as results:
+            for made in results:
+                growing.add(made)
+                advance(sum(made.text_bytes))
+        growing.finish()
+        return growing.tokens - before
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[Batch]:
+    """The documents of one shard, some at a time."""
+    texts: list[str] = []
+    categories: list[str] = []
+    size = 0
+    for document in documents:
+        if size >= BATCH_CHARACTERS or len(texts) == BATCH_TEXTS:
+            yield Batch(texts, categories, ends=False)
+            texts, categories, size = [], [], 0
+        texts.append(document["text"])
+        categories.append(document["meta"]["category"])
+        size += len(document["text"])
+    yield Batch(texts, categories, ends=True)
+
+
+def _encode(batch: Batch, tokenizer: Tokenizer) -> Encoded:
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    documents = [
+        np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype) for text in batch.texts
+    ]
+    lengths = np.array([len(d) for d in documents], np.uint64)
+    sizes = [len(text.encode()) for text in batch.texts]
+    return Encoded(np.concatenate(documents), lengths, batch.categories, sizes, batch.ends)

@@ -182,23 +182,22 @@ def read_shards(folder: str | Path, shards: Sequence[str] | None = None) -> Iter
     The manifest is checked at once; damage raises DamagedData naming its file and line.
     """
     entries = read_manifest(folder)["shards"]
-    if shards is not None:
-        entries = [entry for entry in entries if entry["name"] in shards]
-    return _documents(Path(folder), entries)
+    chosen = [entry for entry in entries if shards is None or entry["name"] in shards]
+    return (document for entry in chosen for document in read_shard(Path(folder), entry))
 
 
-def _documents(folder: Path, entries: list[dict[str, Any]]) -> Iterator[Document]:
-    for entry in entries:
-        path, number = folder / entry["name"], 0
-        for number, data in json_lines(path, lambda _: None):
-            try:
-                yield _written(data)
-            except Unreadable as why:
-                raise DamagedData(f"{path}, line {number}: {why}; make the folder again") from None
-        if number != entry["lines"]:
-            raise DamagedData(
-                f"{path}: ends after line {number}, {MANIFEST} says {entry['lines']}; make the folder again"
-            )
+def read_shard(folder: Path, entry: dict[str, Any]) -> Iterator[Document]:
+    """The documents of one shard, by its entry in the manifest."""
+    path, number = folder / entry["name"], 0
+    for number, data in json_lines(path, lambda _: None):
+        try:
+            yield _written(data)
+        except Unreadable as why:
+            raise DamagedData(f"{path}, line {number}: {why}; make the folder again") from None
+    if number != entry["lines"]:
+        raise DamagedData(
+            f"{path}: ends after line {number}, {MANIFEST} says {entry['lines']}; make the folder again"
+        )
 
 
 _FIELDS = Fields(("text",), "meta.category")

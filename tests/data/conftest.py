@@ -47,10 +47,10 @@ def cache_of(tmp_path):
         folder.mkdir()
         offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype(np.uint64)
         np.concatenate(documents).astype(np.uint16).tofile(folder / "tokens.bin")
-        np.save(folder / "offsets.npy", offsets)
+        offsets.tofile(folder / "offsets.bin")
         names = list(dict.fromkeys(categories or ["test"]))
         numbers = [names.index(c) for c in categories or ["test"] * len(documents)]
-        np.save(folder / "categories.npy", np.array(numbers, np.uint16))
+        np.array(numbers, np.uint16).tofile(folder / "categories.bin")
         meta = {
             "version": 2,
             "categories": dict.fromkeys(names, 1),

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,6 +14,7 @@ import pytest
 from openllama import tokenizer
 from openllama.data import cache as cache_module
 from openllama.data.cache import TokenCache, tokenize
+from openllama.data.documents import DamagedData
 from openllama.data.shards import ShardWriter
 
 
@@ -129,11 +132,107 @@ def test_reuse_and_a_changed_tokenizer_or_shard_set(shards_of, small, texts, tmp
     assert (out / "tokens.bin").stat().st_mtime_ns == before
 
 
+def interrupt(monkeypatch, after, error=KeyboardInterrupt):
+    """Ends tokenising after so many batches."""
+    encode, left = cache_module._encode, [after]
+
+    def interrupted(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return encode(*args)
+
+    monkeypatch.setattr(cache_module, "_encode", interrupted)
+    return lambda: monkeypatch.setattr(cache_module, "_encode", encode)
+
+
 def test_a_failure_leaves_no_cache(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "_encode", lambda *_: 1 / 0)
+    interrupt(monkeypatch, 0, ZeroDivisionError)
     with pytest.raises(ZeroDivisionError):
         build(["text"], processes=1)
-    assert content(tmp_path / "tokens") == {}
+    with pytest.raises(FileNotFoundError, match=r"no cache\.json"):
+        TokenCache(tmp_path / "tokens")
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args)
+
+
+def test_goes_on_after_the_last_whole_shard_to_the_same_bytes(shards_of, small, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module, "BATCH_CHARACTERS", 5000)
+    shards = shards_of(texts, lines_per_shard=6)
+    whole = Counted(cache_module._encode)
+    monkeypatch.setattr(cache_module, "_encode", whole)
+    tokenize(shards, small, tmp_path / "whole", progress=False, processes=1)
+    monkeypatch.setattr(cache_module, "_encode", whole.function)
+    wanted, total = content(tmp_path / "whole"), whole.calls
+    for stop in (3, total // 2, total - 1):
+        out = tmp_path / str(stop)
+        restore = interrupt(monkeypatch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(shards, small, out, progress=False, processes=1)
+        restore()
+        encode = cache_module._encode
+        monkeypatch.setattr(cache_module, "_encode", counted := Counted(encode))
+        tokenize(shards, small, out, progress=False, processes=1)
+        monkeypatch.setattr(cache_module, "_encode", encode)
+        assert content(out) == wanted
+        assert total - stop <= counted.calls < total - stop + 12, "whole shards are not tokenised again"
+
+
+def test_an_interrupted_run_of_another_tokenizer_or_of_lost_files_is_named(
+    shards_of, small, texts, tmp_path, monkeypatch
+):
+    shards, out = shards_of(texts[:8], lines_per_shard=2), tmp_path / "out"
+    restore = interrupt(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(shards, small, out, progress=False, processes=1)
+    restore()
+    new = tokenizer.train(texts[:9], tmp_path / "new.model", 500)
+    with pytest.raises(ValueError, match=r"made from tokenizer \w+, but tokenizer is now \w+; remove"):
+        tokenize(shards, new, out, progress=False)
+    (out / "tokens.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"tokens\.bin: journal\.json says at least \d+ bytes, got 0"):
+        tokenize(shards, small, out, progress=False)
+
+
+def test_a_full_disk_is_named_and_goes_on(shards_of, small, texts, tmp_path, monkeypatch):
+    shards, out = shards_of(texts[:8], lines_per_shard=2), tmp_path / "out"
+    sync, left = os.fsync, [9]
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"{out}: the disk is full; free space and run again, it goes on"):
+        tokenize(shards, small, out, progress=False, processes=1)
+    monkeypatch.setattr(os, "fsync", sync)
+    assert (out / "journal.json").exists()
+    made = tokenize(shards, small, out, progress=False)
+    assert [small.decode(made[i]) for i in range(8)] == texts[:8] and not (out / "journal.json").exists()
+
+
+def test_a_shard_removed_while_it_is_tokenised_is_named(shards_of, small, texts, tmp_path, monkeypatch):
+    shards = shards_of(texts[:8], lines_per_shard=2)
+    encode = cache_module._encode
+
+    def removing(*args):
+        (shards / "part-00003.jsonl.zst").unlink(missing_ok=True)
+        return encode(*args)
+
+    monkeypatch.setattr(cache_module, "_encode", removing)
+    with pytest.raises(DamagedData, match=r"part-00003\.jsonl\.zst, line 0: cannot be read"):
+        tokenize(shards, small, tmp_path / "out", progress=False, processes=1)
 
 
 def test_a_cache_without_its_keys_is_named_before_it_is_compared(build, small, tmp_path):
@@ -151,8 +250,9 @@ def test_damaged_caches_are_named(build, tmp_path):
     whole = {p.name: p.read_bytes() for p in folder.iterdir()}
     for name, data, message in (
         ("tokens.bin", whole["tokens.bin"][:-2], r"tokens\.bin: cache\.json says \d+ bytes, got \d+"),
-        ("offsets.npy", whole["offsets.npy"][:-8], r"offsets\.npy: cannot be read"),
-        ("categories.npy", b"", r"categories\.npy: cannot be read"),
+        ("offsets.bin", whole["offsets.bin"][:-8], r"offsets\.bin: cache\.json says \d+ bytes, got \d+"),
+        ("offsets.bin", bytes(len(whole["offsets.bin"])), r"offsets\.bin: does not fit cache\.json"),
+        ("categories.bin", b"", r"categories\.bin: cache\.json says 4 bytes, got 0"),
         ("cache.json", b"{", r"cache\.json: not valid JSON"),
         ("cache.json", b'{"version": 2}', r"cache\.json: no key 'tokens'; damaged"),
         ("cache.json", json.dumps({"version": 7}).encode(), r"cache\.json: got version 7, takes 2"),
