@@ -69,6 +69,21 @@ def ops_table(runs: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"<sub>{source(run)}</sub><br>" for run in runs)])
 
 
+def data_table(runs: list[dict[str, Any]]) -> str:
+    """Each step from raw text to batches, by processes where it has some."""
+    lines = ["| step | of | rate | |", "|---|---|---|---|"]
+    for run in runs:
+        for row in run["rows"]:
+            rate = (
+                f"{row['rate'] / 1e6:,.1f} million {row['unit']}"
+                if row["rate"] > 1e6
+                else f"{row['rate']:,.0f} {row['unit']}"
+            )
+            note = f"padding {row['padding']:.2%}" if "padding" in row else ""
+            lines.append(f"| {row['bench']}, {row['impl']} | {shape_text(row['shape'])} | {rate} | {note} |")
+    return "\n".join([*lines, "", *(f"<sub>{source(run)}</sub><br>" for run in runs)])
+
+
 def draw(runs: list[dict[str, Any]]) -> None:
     """Training speed of ours over each peer's, one bar a run."""
     import matplotlib
@@ -111,12 +126,21 @@ def fill(text: str, name: str, body: str) -> str:
     return text[: text.index(start) + len(start)] + f"\n{body}\n" + text[text.index(end) :]
 
 
+def filled(text: str) -> str:
+    """The README's text with its tables made anew."""
+    for name, table in (
+        ("training", training_table(load("tokens-per-second"))),
+        ("ops", ops_table(load("ops-"))),
+        ("data", data_table(load("data-"))),
+    ):
+        text = fill(text, name, table)
+    return text
+
+
 def main() -> None:
-    runs = load("tokens-per-second")
-    text = fill(README.read_text(), "training", training_table(runs))
-    README.write_text(fill(text, "ops", ops_table(load("ops-"))))
-    draw(runs)
-    print(f"wrote {README.name} and {PICTURE.relative_to(ROOT)}.svg, .png from {len(runs)} training runs")
+    README.write_text(filled(README.read_text()))
+    draw(load("tokens-per-second"))
+    print(f"wrote {README.name} and {PICTURE.relative_to(ROOT)}.svg, .png")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def load(cls: type[T], path: str | Path, overrides: typing.Sequence[str] = ()) -
             inner[last] = yaml.safe_load(value)
         except yaml.YAMLError as e:
             raise ValueError(f"override {override!r}: the value is not valid YAML: {e}") from None
-    return from_dict(cls, values, str(path))
+    return from_dict(cls, values, " ".join([str(path), *(f"with {o}" for o in overrides)]))
 
 
 def _type_name(kind: Any) -> str:

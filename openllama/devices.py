@@ -23,7 +23,7 @@ _PEAK_BF16 = {
     "RTX 3090": 71e12,
 }
 # Words that make another card, or a slice of one.
-_VARIANTS = {"Ti", "D", "SUPER", "Laptop", "Max", "MIG"}
+_VARIANTS = {"Ti", "D", "SUPER", "Laptop", "Max", "MIG", "GRID"}
 
 
 def name(device: torch.device) -> str:

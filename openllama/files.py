@@ -49,19 +49,20 @@ def folder_written_aside(
         OSError: no room, or a disk full on the way; the target is as it was, nothing else is left.
     """
     folder = Path(os.path.abspath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_away_a_killed_run(folder)
     occupied = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not (folder.is_dir() and replaceable(folder)):
         raise FileExistsError(
             f"{folder}: is there already and holds something else; takes a new or empty folder, name another"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < size:
         raise OSError(
             errno.ENOSPC,
             f"{folder}: takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free space, run again",
         )
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.writing")
+    aside = _beside(folder, "writing")
     try:
         aside.mkdir()
         yield aside
@@ -77,9 +78,23 @@ def folder_written_aside(
     _sync(folder.parent)
 
 
+def _beside(folder: Path, what: str) -> Path:
+    """Without a process id, so that what a killed run left is found by the next one."""
+    return folder.with_name(f".{folder.name}.{what}")
+
+
+def _clear_away_a_killed_run(folder: Path) -> None:
+    """What it was writing goes; the older folder, if it was between its two renames, comes back."""
+    shutil.rmtree(_beside(folder, "writing"), ignore_errors=True)
+    old = _beside(folder, "old")
+    if old.exists() and not folder.exists():
+        os.rename(old, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _move_into_place(aside: Path, folder: Path) -> None:
     """A rename can't replace a folder that holds something: the older one steps back first, then goes."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    old = _beside(folder, "old")
     if folder.exists():
         os.rename(folder, old)
     try:

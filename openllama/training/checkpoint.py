@@ -89,7 +89,7 @@ def load(place: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int 
     Raises:
         ValueError: a checkpoint of another shape or optimizer, naming what differs; nothing is changed then.
     """
-    _check_shape(place / CONFIG, model.config)
+    check_shape(place / CONFIG, ModelConfig.load(place / CONFIG), model.config)
     own = weights(model)
     with (
         open_weights(place / WEIGHTS) as reader,
@@ -156,12 +156,12 @@ def _check_optimizer(path: Path, reader: Any, model: Llama) -> None:
     )
 
 
-def _check_shape(path: Path, config: ModelConfig) -> None:
-    saved = ModelConfig.load(path)
+def check_shape(path: str | Path, saved: ModelConfig, config: ModelConfig) -> None:
+    """Raises ValueError naming the first field in which the model at `path` differs from this run's."""
     for field in dataclasses.fields(ModelConfig):
         got, takes = getattr(saved, field.name), getattr(config, field.name)
         if got != takes and field.name != "init_std":
             raise ValueError(
-                f"{path}: the checkpoint's {field.name} is {got}, this run's {takes}; "
-                "resume with the settings it was made with, or choose another `out`"
+                f"{path}: the model's {field.name} is {got}, this run's {takes}; "
+                "give the settings it was made with, or choose another `out`"
             )

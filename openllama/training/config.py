@@ -25,6 +25,9 @@ class TrainConfig:
     steps: int  # optimizer steps of the whole run
 
     valid_shards: str | dict[str, str] | None = None  # held-out shards
+    start_from: str | None = (
+        None  # model folder whose weights a new run takes: imported, merged, or of another run
+    )
     model: dict[str, Any] = field(default_factory=dict)  # fields of the preset to change
     dtype: Literal["float32", "bfloat16"] = (
         "bfloat16"  # of weights and activations; masters and moments are fp32

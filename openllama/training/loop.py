@@ -19,14 +19,17 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from openllama import devices
+from openllama.config import ModelConfig
 from openllama.data.cache import TokenCache, tokenize
 from openllama.data.loader import PackedLoader
 from openllama.data.shards import read_manifest
 from openllama.kernels import backend
+from openllama.load import load_model
 from openllama.model import Llama, flops_per_token
 from openllama.optim import AdamW, decay_groups
 from openllama.tokenizer import Tokenizer
 from openllama.training import checkpoint
+from openllama.training.checkpoint import check_shape
 from openllama.training.config import TrainConfig, by_name
 from openllama.training.faults import StopSignal
 from openllama.training.monitor import Monitor, read_metrics
@@ -96,12 +99,25 @@ class Trainer:
     def _build_model(self) -> None:
         c, shape = self.config, self.config.model_config()
         torch.manual_seed(c.seed)
-        self.model = Llama(shape).initialise(c.seed).to(self.device, self.dtype)
+        self.model = self._initial(shape).to(self.device, self.dtype)
         groups = decay_groups(self.model, c.weight_decay)
         self.optimizer = AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
         if self.ranks.world == 1:
             accumulate_in_fp32(self.model)
         self.engine = self.accelerator.prepare_model(self.model)
+
+    def _initial(self, shape: ModelConfig) -> Llama:
+        """Fresh weights, or those of `start_from`. A checkpoint of the run itself, where there is one, replaces them."""
+        if self.config.start_from is None:
+            return Llama(shape).initialise(self.config.seed)
+        model, tokenizer = load_model(self.config.start_from, torch.float32)
+        check_shape(self.config.start_from, model.config, shape)
+        if tokenizer is not None and Tokenizer(tokenizer).fingerprint != self.tokenizer.fingerprint:
+            raise ValueError(
+                f"{self.config.start_from}: made with another tokenizer than {self.config.tokenizer}; "
+                f"set tokenizer={tokenizer}"
+            )
+        return model
 
     def _resume(self) -> None:
         newest = max(checkpoint.steps(self.checkpoints), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -68,7 +69,10 @@ class Monitor:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as e:
-            raise OSError(e.errno, f"{self.path}: {e.strerror}; free space, run again") from None
+            remedy = (
+                "free space" if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
+            )
+            raise OSError(e.errno, f"{self.path}: {e.strerror}; {remedy}, run again") from None
 
     def close(self) -> None:
         if not self.quiet:
@@ -76,13 +80,15 @@ class Monitor:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line cut off by a kill is left out."""
+    """The records of a metrics.jsonl; a line cut off by a kill, or that is none of ours, is left out."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 

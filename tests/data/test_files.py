@@ -85,3 +85,31 @@ def test_json_that_cannot_be_used_is_named(tmp_path, text, message):
         files.read_json(tmp_path / "a.json", 1)
     files.write_json(tmp_path / "a.json", {"version": 1, "é": "中"})
     assert files.read_json(tmp_path / "a.json", 1) == {"version": 1, "é": "中"}
+
+
+def test_a_folder_that_a_kill_left_between_its_two_renames_comes_back(tmp_path):
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old/a").write_text("older")
+    (tmp_path / ".model.writing").mkdir()
+    with (
+        pytest.raises(FileExistsError, match="model: is there already"),
+        files.folder_written_aside(tmp_path / "model", 0),
+    ):
+        pass
+    assert (tmp_path / "model/a").read_text() == "older" and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_lines_of_metrics_that_are_no_records_are_left_out(metrics):
+    metrics.write_bytes(metrics.read_bytes() + b'[1]\n5\n{"loss": 1}\n\xff\n{"step": 5, "lo')
+    assert [r["step"] for r in read_metrics(metrics)] == [1, 2, 3, 4]
+    Monitor(metrics, 3, 9).close()
+    assert [r["step"] for r in read_metrics(metrics)] == [1, 2, 3]
+
+
+def test_metrics_that_cannot_be_written_to_are_named(metrics):
+    monitor = Monitor(metrics, 4, 5)
+    metrics.unlink()
+    metrics.mkdir()
+    with pytest.raises(OSError, match=r"metrics\.jsonl: Is a directory; make it writable, run again"):
+        monitor.valid({"step": 5, "valid_loss": 1.0, "valid_bits_per_byte": 1.0})
+    monitor.close()

@@ -16,6 +16,7 @@ from openllama import devices
         ("NVIDIA GH200 480GB", 989),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA A100-PCIE-40GB", 312),
+        ("GRID A100-10C", None),
         ("NVIDIA GeForce RTX 4090", 165),
         ("NVIDIA GB200", None),
         ("NVIDIA GeForce RTX 4090 D", None),

@@ -15,6 +15,7 @@ from openllama.config import from_dict, load
 from openllama.data.loader import Batch, PackedLoader
 from openllama.model import Llama
 from openllama.optim import AdamW, decay_groups
+from openllama.pretrained import read_model, weights
 from openllama.training import checkpoint
 from openllama.training.config import TrainConfig
 from openllama.training.loop import Trainer
@@ -158,7 +159,7 @@ def test_a_vocabulary_that_does_not_fit_the_model(settings):
 
 def test_a_checkpoint_of_another_shape_is_refused(settings):
     assert Trainer(settings(steps=2)).run() == 0
-    with pytest.raises(ValueError, match="the checkpoint's layers is 2, this run's 3"):
+    with pytest.raises(ValueError, match="the model's layers is 2, this run's 3"):
         Trainer(settings(model={**SHAPE, "layers": 3}))
 
 
@@ -300,6 +301,29 @@ def test_two_sources_in_a_mix_train_and_resume(settings, corpus, tmp_path):
     assert Trainer(settings(**{**vars(config), "steps": 4})).run() == 0
     with pytest.raises(ValueError, match=r"loader state: mix is .*'books': 3\.0.*, this loader has"):
         Trainer(settings(**{**vars(config), "steps": 5, "mix": {}}))
+
+
+def test_a_run_starts_from_a_models_weights(settings, tmp_path):
+    first = Trainer(settings(out=str(tmp_path / "first"), steps=4))
+    assert first.run() == 0
+    step = checkpoint.step_folder(tmp_path / "first/checkpoints", 4)
+    second = Trainer(settings(start_from=str(tmp_path / "first/checkpoints"), steps=2))
+    assert second.step == 0 and second.tokens == 0
+    for name, value in weights(read_model(step, None, "cpu")).items():
+        assert torch.equal(value, weights(second.model)[name])
+    assert second.run() == 0
+    assert (
+        Trainer(settings(start_from=str(tmp_path / "first/checkpoints"), steps=3)).step == 2
+    )  # goes on from its own
+    with pytest.raises(ValueError, match=r"step-00000004: the model's hidden is 32, this run's 16"):
+        Trainer(settings(out=str(tmp_path / "x"), start_from=str(step), model={**SHAPE, "hidden": 16}))
+    tokenizer.train(texts(300, 5), tmp_path / "other.model", 310)
+    with pytest.raises(
+        ValueError, match=r"made with another tokenizer than .*; set tokenizer=.*tokenizer\.model"
+    ):
+        Trainer(
+            settings(out=str(tmp_path / "y"), start_from=str(step), tokenizer=str(tmp_path / "other.model"))
+        )
 
 
 def test_what_tokenising_does_not_need_is_checked_before_it(settings, tmp_path):
