@@ -1,6 +1,6 @@
 """A source of text to training and held-out shards: read and written here, parsed and checked by other processes.
 
-Whatever completes a shard is noted in `.unfinished/journal.json`, so that a run that was interrupted goes on from
+Whatever completes a shard is noted in `.unfinished/journal.jsonl`, so that a run that was interrupted goes on from
 there, to the same bytes.
 """
 
@@ -13,21 +13,19 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openllama.files import read_json, write_json
-
 from .documents import Damage, Fields, document
+from .journal import Journal, Split
 from .lines import Unreadable
 from .pool import ordered_map, process_count
 from .progress import bar
 from .shards import LINES_PER_SHARD, MANIFEST, ShardWriter, encode, reusable
 from .sources import PYTHON, START, Place, Record, Source, open_source
 
-VERSION = 1
-UNFINISHED, JOURNAL = ".unfinished", "journal.json"  # shards are made there and renamed when all are complete
+UNFINISHED = ".unfinished"  # shards are made there and renamed when all are complete
 # Handed to a process at once: large enough to hide the hand-over, small enough that memory stays flat.
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1024
 BYTES_PER_PROCESS = (
@@ -70,18 +68,6 @@ class Counts:
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "damage": self.damage.to_dict()}
-
-
-@dataclass
-class Split:
-    """A split being written, and the counts when its last complete part was: what a later run goes on from."""
-
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    reached: dict[str, Any] | None = None
-
-    @property
-    def place(self) -> Place:
-        return tuple(self.reached["place"]) if self.reached else START  # type: ignore[return-value]
 
 
 def fraction(text: str, salt: str = "") -> float:
@@ -183,53 +169,26 @@ def _write(
     folder = out / UNFINISHED
     for split in splits:  # an older result that cannot be reused is an error before any work
         reusable(out / split, settings | {"split": split})
-    state = _read_journal(folder, splits, settings)
+    journal = Journal(folder, settings, splits)
     try:
-        _fill(source, fields, folder, state, settings, processes, progress)
+        _fill(source, fields, folder, journal, settings, processes, progress)
     except BaseException:
-        if not (folder / JOURNAL).exists():
+        if not journal.path.exists():
             shutil.rmtree(folder, ignore_errors=True)  # nothing in it that a later run could use
         raise
-
-
-def _read_journal(folder: Path, splits: list[str], settings: dict[str, Any]) -> dict[str, Split]:
-    """What an interrupted run has completed. Raises ValueError where that had other settings."""
-    path = folder / JOURNAL
-    if not path.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        return {split: Split() for split in splits}
-    journal = read_json(path, VERSION, ("settings", "splits"))
-    old = journal["settings"]
-    if differing := [k for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]:
-        what = "; ".join(f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in differing)
-        raise ValueError(
-            f"{folder}: an interrupted run had other settings ({what}); go on with those, or remove the folder"
-        )
-    state = {split: Split(**journal["splits"][split]) for split in splits}
-    for split, found in state.items():
-        names = {shard["name"] for shard in found.shards}
-        (folder / split).mkdir(exist_ok=True)
-        for path in (folder / split).iterdir():
-            if path.name not in names:
-                path.unlink()
-        for shard in found.shards:
-            path = folder / split / shard["name"]
-            if not path.exists() or path.stat().st_size != shard["bytes"]:
-                raise ValueError(f"{path}: not as the interrupted run left it; remove {folder} to start anew")
-    return state
 
 
 def _fill(
     source: Source,
     fields: Fields,
     folder: Path,
-    state: dict[str, Split],
+    journal: Journal,
     settings: dict[str, Any],
     processes: int,
     progress: bool,
 ) -> None:
     limit, share = settings["max_bytes"], settings["valid_share"]
-    counts = _restore(state, settings["on_damage"])
+    counts = _restore(journal.splits, settings["on_damage"])
     with ExitStack() as stack:
         advance = stack.enter_context(bar(f"reading {source.name}", limit or source.size, progress))
         advance(counts.text_bytes if limit else 0)
@@ -244,7 +203,7 @@ def _fill(
                     processes,
                 )
             )
-            for name, split in state.items()
+            for name, split in journal.splits.items()
         }
         records = source.records(counts.place, (lambda _: None) if limit else advance)
         results = ordered_map(_prepare, _batches(records), processes, (fields,))
@@ -258,32 +217,25 @@ def _fill(
                 break
             counts.documents, counts.text_bytes = counts.documents + 1, counts.text_bytes + made.text_bytes
             name = "valid" if made.fraction < share else "train"
-            split, writer = state[name], writers[name]
-            if made.place > split.place and writer.write_line(made.line, made.category, made.text_bytes):
-                split.shards, split.reached = writer.shards, counts.to_dict()
-                _write_journal(folder, state, settings)
+            writer, complete = writers[name], journal.splits[name].place
+            if made.place > complete and writer.write_line(made.line, made.category, made.text_bytes):
+                journal.add(name, writer.shards[-1], counts.to_dict())
             advance(made.text_bytes if limit else 0)
-        _check_not_empty(source, folder, state, writers, counts, share)
+        _check_not_empty(source, folder, writers, counts, share)
 
 
-def _restore(state: dict[str, Split], on_damage: str) -> Counts:
+def _restore(splits: dict[str, Split], on_damage: str) -> Counts:
     """The counts at the earliest place from which some split still lacks documents."""
-    first = min(state.values(), key=lambda split: split.place)
+    first = min(splits.values(), key=lambda split: split.place)
     if first.reached is None:
         return Counts(Damage(on_damage))
     damage = Damage(on_damage, **copy.deepcopy(first.reached["damage"]))  # the journal's stays as it is
     return Counts(**{**first.reached, "damage": damage, "place": first.place})
 
 
-def _write_journal(folder: Path, state: dict[str, Split], settings: dict[str, Any]) -> None:
-    splits = {name: vars(split) for name, split in state.items()}
-    write_json(folder / JOURNAL, {"version": VERSION, "settings": settings, "splits": splits})
-
-
 def _check_not_empty(
     source: Source,
     folder: Path,
-    state: dict[str, Split],
     writers: dict[str, ShardWriter],
     counts: Counts,
     share: float,

@@ -224,11 +224,14 @@ def reusable(folder: str | Path, settings: dict[str, Any]) -> dict[str, Any] | N
     if not (folder / MANIFEST).exists():
         raise FileExistsError(f"{folder}: holds files but no {MANIFEST}; remove it or name another folder")
     manifest = read_manifest(folder)
-    old = manifest["settings"]
-    differing = [k for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
-    if differing:
-        what = "; ".join(f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in differing)
+    if what := differences(manifest["settings"], settings):
         raise ValueError(
             f"{folder}: holds shards made with other settings ({what}); remove it or name another folder"
         )
     return manifest
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What settings differ, in words; empty where none do."""
+    keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    return "; ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in keys)
