@@ -45,6 +45,9 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `openllama summary 65b | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
         return 141  # what a shell says of a program that SIGPIPE ended
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; what takes long goes on from where it was when run again", file=sys.stderr)
+        return 130  # what a shell says of a program that SIGINT ended
     except (ValueError, TypeError, OSError, FloatingPointError) as e:
         error, text = e, str(e)
     except ModuleNotFoundError as e:

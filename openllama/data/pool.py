@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
 Work = TypeVar("Work")
@@ -35,7 +38,8 @@ def ordered_map(
 ) -> Generator[Result, None, None]:
     """`function(item, *shared)` of each item, in order; items are fetched only a little ahead of the results.
 
-    With 1 process it all happens here. `function` must be one of a module, `shared` is sent once a process.
+    With 1 process it all happens here. `function` must be one of a module, `shared` is sent once a process. Raises
+    ChildProcessError where a process dies, and whatever `function` raises.
     """
     if processes == 1:
         yield from (function(item, *shared) for item in work)
@@ -50,6 +54,11 @@ def ordered_map(
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                f"one of {processes} worker processes was killed, perhaps for the memory it took; run again with fewer "
+                "processes"
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -57,6 +66,18 @@ def ordered_map(
 def _start(function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
     global _function, _shared
     _function, _shared = function, shared
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all: the process that hands out work ends it
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """After a SIGKILL of the parent nothing else would tell a worker that no more work is to come."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _call(item: Any) -> Any:
