@@ -75,8 +75,12 @@ def whole_text(path: Path, advance: Advance) -> Records:
         yield 0, Unreadable("cannot be read", e.strerror or str(e))
 
 
-# A whole string (or one that the buffer cuts off: no group 1), or a character that opens, parts or ends values.
-_TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:(")|\\?\Z)|[\[\]{},]', re.DOTALL)
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*'
+# In one step: an object that holds no other and no array, as most records do; a string (or one that the buffer cuts off:
+# no group 1); a character that opens, parts or ends values.
+_TOKEN = re.compile(
+    rb'\{[^{}\[\]"]*(?:' + _STRING + rb'"[^{}\[\]"]*)*\}|' + _STRING + rb'(?:(")|\\?\Z)|[\[\]{},]', re.DOTALL
+)
 
 
 def json_values(path: Path, advance: Advance, longest: int = LONGEST) -> Records:
