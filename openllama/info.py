@@ -28,7 +28,7 @@ def report() -> str:
         ("CPU", f"{platform.machine()}, {torch.get_num_threads()} threads"),
         *_gpus(),
     ]
-    text = columns([*machine, *_native(library)])
+    text = columns([*machine, *_native(library), ("packing", _packing())])
     forced = f"\nOPENLLAMA_BACKEND forces {backend.FORCED} where an op has it" if backend.FORCED else ""
     return f"{text}\n\n{_choices(backend)}{forced}"
 
@@ -78,6 +78,14 @@ def _native(library) -> list[tuple[str, str]]:
         return [*rows, ("CUDA kernels", "not built (no nvcc, or OPENLLAMA_CUDA=0)")]
     version = f"CUDA {built['cuda'] // 1000}.{built['cuda'] % 1000 // 10}"
     return [*rows, ("CUDA kernels", f"{version} for {built['arches']}"), ("Hopper kernels", _hopper())]
+
+
+def _packing() -> str:
+    from openllama.data import pack, twin
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return "in numpy: the host module is not built" if pack.host() is twin else "native host module"
 
 
 def _hopper() -> str:

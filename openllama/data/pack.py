@@ -34,6 +34,7 @@ def host() -> ModuleType:
         warnings.warn(
             f"openllama.data._host is not built for this Python ({e}): packing runs in numpy, much slower; "
             "build with `pip install --no-build-isolation -e .`",
+            RuntimeWarning,
             stacklevel=2,
         )
         return twin

@@ -1,9 +1,12 @@
+import sys
+
 import numpy as np
 import pytest
 
 from openllama.data import pack as pack_module
 from openllama.data import twin
 from openllama.data.pack import IGNORED, LONG, Packs, fill, host, pack
+from openllama.info import report
 
 
 @pytest.fixture(params=["native", "twin"], autouse=True)
@@ -151,3 +154,16 @@ def test_native_refuses_what_lies_outside(implementation):
         fill([ids], p, np.array([7]), 1, 10, 0, 0)
     with pytest.raises(TypeError):
         fill([ids.astype(np.int64)], p, one, 1, 10, 0, 0)
+
+
+def test_without_the_native_module_its_twin_serves_with_a_warning(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "openllama.data._host", None)
+    monkeypatch.delattr("openllama.data._host")
+    host.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"_host is not built .*pip install --no-build-isolation"):
+            assert host() is twin
+        assert "packing" in report() and "in numpy: the host module is not built" in report()
+    finally:
+        host.cache_clear()
