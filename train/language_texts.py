@@ -59,7 +59,7 @@ def language_texts() -> Iterator[dict[str, str]]:
 
 
 def _paths(catalogues: Catalogues) -> list[Path]:
-    folder = _folder(catalogues.package)
+    folder = _installed(catalogues.package)
     if not (paths := sorted(folder.glob(catalogues.pattern))):
         raise FileNotFoundError(
             f"{folder}: holds no {catalogues.pattern}; install another release of {catalogues.package}"
@@ -69,7 +69,7 @@ def _paths(catalogues: Catalogues) -> list[Path]:
 
 def _translated(path: Path) -> Iterator[tuple[str, str]]:
     """(English, translation); what stays as it is in English, as a product's name, belongs to neither."""
-    _folder("polib")
+    _installed("polib")
     from polib import mofile
 
     for entry in mofile(str(path)):
@@ -78,7 +78,8 @@ def _translated(path: Path) -> Iterator[tuple[str, str]]:
             yield entry.msgid.strip("\n"), translation.strip("\n")
 
 
-def _folder(package: str) -> Path:
+def _installed(package: str) -> Path:
+    """The folder of a package."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(

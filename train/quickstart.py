@@ -104,7 +104,7 @@ class Quickstart:
             self.failed.append(otherwise)
 
     def corpus(self) -> None:
-        """Corpus: the Python source on this machine, and texts in other languages where asked for, as shards"""
+        """Corpus: text on this machine, as shards"""
         documents = text_bytes = 0
         for name, train in self.shards.items():
             shards = Path(train).parent

@@ -38,4 +38,6 @@ def make(dtype=torch.float32, seed=0, **options):
 @torch.no_grad()
 def last_logits(model, contexts):
     """Logits after each context, (contexts, vocab), from a dense forward of each: no pack, no cache."""
-    return torch.stack([model(torch.tensor([context]))[0, -1] for context in contexts])
+    return torch.stack(
+        [model(torch.tensor([context], device=model.embed.weight.device))[0, -1] for context in contexts]
+    )
