@@ -1,6 +1,7 @@
 """No figure in the README is typed by hand: its tables are what the stored results say."""
 
 import json
+import re
 
 import pytest
 
@@ -27,3 +28,12 @@ def test_stored_results_say_where_they_come_from():
 def test_a_missing_mark_is_named():
     with pytest.raises(ValueError, match="<!-- speed -->"):
         report.fill("no mark here", "speed", "")
+
+
+def test_the_chinese_readme_gives_the_same_commands():
+    """In the same order, and none that the English one has not."""
+    blocks = [
+        re.findall(r"```\w+\n.*?```", (report.ROOT / name).read_text(), re.DOTALL)
+        for name in ("README.md", "README.zh.md")
+    ]
+    assert [block for block in blocks[0] if block in blocks[1]] == blocks[1] != []
