@@ -91,7 +91,7 @@ def json_values(path: Path, advance: Advance, longest: int = LONGEST) -> Records
     pieces, buffer = chunks(path, advance), b""
     try:
         while not buffer.strip() and (piece := next(pieces, None)) is not None:
-            buffer = (buffer + piece).removeprefix(BOM)
+            buffer = (buffer + piece).removeprefix(BOM).lstrip()
         if not buffer.strip():
             yield 0, Unreadable("empty file")
             return

@@ -208,5 +208,6 @@ def _walk(root: Path, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> 
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(d for d in subfolders if d not in skip and not d.startswith("."))
         for name in sorted(names):
-            if name.endswith(suffixes):
-                yield Path(folder, name)
+            path = Path(folder, name)
+            if name.endswith(suffixes) and path.is_file():  # a named pipe would be waited for without end
+                yield path

@@ -372,3 +372,9 @@ def test_goes_on_after_any_place(tmp_path, start):
     assert len(places) == 7
     after = ((-1, 0), *places)[min(start, 7)]
     assert "".join(texts(tmp_path, after=after)) == "abcdefg"[start:]
+
+
+def test_a_named_pipe_in_a_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    write(tmp_path / "b.jsonl", line("b"))
+    assert texts(tmp_path) == ["b"]
