@@ -11,7 +11,7 @@ from .lines import Unreadable
 
 Document = dict[str, Any]
 
-EXAMPLES = 20  # damage kept with file and line; the rest is only counted
+EXAMPLES = 20  # of each reason, kept with file and line; the rest is only counted
 
 
 class DamagedData(ValueError):
@@ -51,7 +51,7 @@ class Damage:
                 f"{place}: {why}; repair or remove it, or pass on_damage='skip' to count it and go on"
             )
         self.counts[why.reason] = self.counts.get(why.reason, 0) + 1
-        if len(self.examples) < EXAMPLES:
+        if self.counts[why.reason] <= EXAMPLES:
             self.examples.append({"file": file, unit(file): number, "reason": why.reason})
 
     def to_dict(self) -> dict[str, Any]:

@@ -40,12 +40,23 @@ def records(path: Path, after: int, columns: list[str], advance: Advance) -> Rec
     if name.endswith(JSON):
         found = json_values(path, advance)
     elif name.endswith(PARQUET):
-        return parquet_rows(path, after, columns, advance)
+        found = parquet_rows(path, after, columns, advance)
     elif name.endswith(JSON_LINES):
         found = json_lines(path, advance)
     else:
         found = whole_text(path, advance)
-    return ((number, data) for number, data in found if number > after or not number)
+    return _beyond(found, after)
+
+
+def _beyond(found: Records, after: int) -> Records:
+    """Those above `after`. What is wrong with a file gets a number behind the records that came before it."""
+    last = after
+    for number, data in found:
+        if not number and last:
+            number = last + 1
+        last = max(last, number)
+        if number > after or not number:
+            yield number, data
 
 
 def json_lines(path: Path, advance: Advance) -> Records:
@@ -86,7 +97,7 @@ _TOKEN = re.compile(
 def json_values(path: Path, advance: Advance, longest: int = LONGEST) -> Records:
     """The elements of a JSON array, one at a time, however long the file; or, where none opens it, its lines.
 
-    Elements are parted by counting brackets outside of strings, so a bad one does not hide the next.
+    Elements are parted by counting brackets outside of strings; where a bracket or quote is missing, the rest is lost.
     """
     pieces, buffer = chunks(path, advance), b""
     try:
@@ -106,7 +117,7 @@ def json_values(path: Path, advance: Advance, longest: int = LONGEST) -> Records
 
 def _elements(buffer: bytes, pieces: Iterator[bytes], longest: int) -> Records:
     start = at = depth = 0  # where the element begins, where to look on, brackets open in it
-    number = 1
+    number, broken = 1, None
     while True:
         token = _TOKEN.search(buffer, at)
         if token is None or (token[0].startswith(b'"') and not token[1]):
@@ -119,13 +130,10 @@ def _elements(buffer: bytes, pieces: Iterator[bytes], longest: int) -> Records:
                     Unreadable("record too long", f"over {longest:,} bytes; the rest of the file is lost"),
                 )
                 return
-            try:
-                more = _at_least(pieces, max(READ, len(buffer)))
-            except Unreadable as why:
-                yield number, why
-                return
+            more, why = _at_least(pieces, max(READ, len(buffer)))
+            broken = broken or why
             if not more:
-                yield number, Unreadable("truncated JSON array")
+                yield number, broken or Unreadable("truncated JSON array", "the rest of the file is lost")
                 return
             buffer += more
             continue
@@ -142,16 +150,22 @@ def _elements(buffer: bytes, pieces: Iterator[bytes], longest: int) -> Records:
             start = at
             if mark == b"]":
                 break
-    if buffer[at:].strip() or any(piece.strip() for piece in pieces):
+    if broken:
+        yield number, broken
+    elif buffer[at:].strip() or any(piece.strip() for piece in pieces):
         yield number, Unreadable("more than one JSON value", "text after the array's end")
 
 
-def _at_least(pieces: Iterator[bytes], size: int) -> bytes:
-    got, total = [], 0
-    while total < size and (piece := next(pieces, None)) is not None:
-        got.append(piece)
-        total += len(piece)
-    return b"".join(got)
+def _at_least(pieces: Iterator[bytes], size: int) -> tuple[bytes, Unreadable | None]:
+    """So many bytes more, or those up to the end or to a damaged place, and why it is one."""
+    got, total, why = [], 0, None
+    try:
+        while total < size and (piece := next(pieces, None)) is not None:
+            got.append(piece)
+            total += len(piece)
+    except Unreadable as e:
+        why = e
+    return b"".join(got), why
 
 
 def parquet_rows(path: Path, after: int, columns: list[str], advance: Advance) -> Records:

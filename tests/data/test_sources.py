@@ -378,3 +378,37 @@ def test_a_named_pipe_in_a_folder_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     write(tmp_path / "b.jsonl", line("b"))
     assert texts(tmp_path) == ["b"]
+
+
+def test_whole_records_before_a_damaged_place_in_an_array_are_used(tmp_path):
+    path = write(tmp_path / "a.json.gz", array([{"text": f"document {i}"} for i in range(5000)]))
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 1  # of the checksum
+    path.write_bytes(data)
+    damage = Damage()
+    assert len(texts(path, damage=damage)) == 5000 and sum(damage.counts.values()) == 1
+
+
+def test_damage_amid_a_file_is_counted_by_a_run_that_goes_on_before_it(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    rows = [{"text": random.Random(i).randbytes(200).hex()} for i in range(3000)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=500)
+    data = bytearray(path.read_bytes())
+    for i in range(len(data) * 4 // 5, len(data) * 4 // 5 + 3000):
+        data[i] ^= 255
+    path.write_bytes(data)
+    whole, resumed = Damage(), Damage()
+    read_whole = texts(path, damage=whole)
+    assert len(read_whole) < 3000 and texts(path, damage=resumed, after=(0, 700)) == read_whole[700:]
+    assert whole.counts == resumed.counts and sum(whole.counts.values()) >= 1
+
+
+def test_each_reason_has_examples_of_its_own(tmp_path):
+    write(tmp_path / "a.jsonl", b'{"text": ""}\n' * 50)
+    (tmp_path / "b.jsonl.zst").write_bytes(b"no zstd")
+    damage = Damage()
+    assert texts(tmp_path, damage=damage) == []
+    assert [e["file"] for e in damage.examples] == ["a.jsonl"] * 20 + ["b.jsonl.zst"]
