@@ -123,7 +123,7 @@ def prepare(
     splits = ["train", "valid"] if valid_share else ["train"]
     manifests = _complete(out, splits, settings)
     if not (reused := bool(manifests)):
-        work = min(max_bytes or opened.size or 0, opened.size or max_bytes or 0)
+        work = min(size for size in (max_bytes, opened.size, 1 << 62) if size is not None)
         processes = process_count(processes, work, BYTES_PER_PROCESS)
         _write(opened, fields, out, splits, settings, processes, progress)
         manifests = _complete(out, splits, settings)

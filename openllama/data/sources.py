@@ -139,6 +139,11 @@ class CodeSource(Source):
         ]
         if not self._paths:
             raise ValueError(f"source: {name} holds no source file ({', '.join(suffixes)})")
+        if name != PYTHON:  # there, a package that is installed must not invalidate what was made
+            listed = "".join(
+                f"{root.resolve()}\0{p.relative_to(root)}\0{p.stat().st_size}\n" for _, root, p in self._paths
+            )
+            self.fingerprint = hashlib.sha256(os.fsencode(listed)).hexdigest()[:16]
 
     def records(self, after: Place, advance: Advance) -> Iterator[Record]:
         seen: set[bytes] = set()

@@ -296,3 +296,13 @@ def test_a_copy_of_the_source_elsewhere_is_the_same_source(source, tmp_path):
     (tmp_path / "moved").mkdir()
     source.rename(tmp_path / "moved" / source.name)
     assert quiet(tmp_path / "moved" / source.name, tmp_path / "out")["reused"]
+
+
+def test_another_code_folder_of_the_same_name_is_another_source(tmp_path):
+    for parent in "ab":
+        (tmp_path / parent / "proj").mkdir(parents=True)
+        (tmp_path / parent / "proj/x.py").write_text(f"{parent} = 1\n")
+    quiet(f"code:{tmp_path}/a/proj", tmp_path / "out", valid_share=0)
+    assert quiet(f"code:{tmp_path}/a/proj", tmp_path / "out", valid_share=0)["reused"]
+    with pytest.raises(ValueError, match="source_fingerprint was"):
+        quiet(f"code:{tmp_path}/b/proj", tmp_path / "out", valid_share=0)
