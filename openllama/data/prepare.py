@@ -115,9 +115,8 @@ def prepare(
         "category_key": fields.category,
         "max_bytes": max_bytes,
         "valid_share": valid_share,
-        "on_damage": "skip"
-        if opened.name == PYTHON
-        else on_damage,  # Python ships files that can't be decoded
+        # Python ships files that can't be decoded
+        "on_damage": "skip" if opened.name == PYTHON else on_damage,
         "lines_per_shard": lines_per_shard,
     }
     splits = ["train", "valid"] if valid_share else ["train"]
@@ -149,9 +148,8 @@ def _complete(out: Path, splits: list[str], settings: dict[str, Any]) -> dict[st
         return {}
     for split, (place, _) in found.items():
         if place != out / split:
-            shutil.rmtree(
-                out / split, ignore_errors=True
-            )  # empty, else `reusable` would have found or refused it
+            # empty, else `reusable` would have found or refused it
+            shutil.rmtree(out / split, ignore_errors=True)
             os.replace(place, out / split)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     return {split: manifest for split, (_, manifest) in found.items() if manifest}

@@ -1,4 +1,9 @@
-"""The documents of a source, read in one process: what `prepare` writes, without the writing."""
+"""The documents of a source, read in one process: what `prepare` writes, without the writing; and files to read."""
+
+import gzip
+import json
+
+import zstandard
 
 from openllama.data.documents import Damage, Fields, document
 from openllama.data.lines import Unreadable
@@ -17,3 +22,17 @@ def read(source, fields=None, damage=None, after=START):
 
 def texts(source, *args, **options):
     return [d["text"] for d in read(source, *args, **options)]
+
+
+def line(text):
+    return json.dumps({"text": text}).encode() + b"\n"
+
+
+def write(path, data):
+    pack = {".zst": zstandard.ZstdCompressor().compress, ".gz": gzip.compress}.get(path.suffix, bytes)
+    path.write_bytes(pack(data))
+    return path
+
+
+def array(values):
+    return json.dumps(values, ensure_ascii=False, indent=1).encode()
