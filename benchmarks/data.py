@@ -1,7 +1,7 @@
 """From raw text to batches, each step timed alone: `python -m benchmarks.data`. No GPU has a part in it.
 
-The text is this machine's Python source, written as the Pile's files (jsonl.zst) and as WuDao's (JSON arrays); the
-documents to pack have lengths drawn from a Pareto distribution, as web text has.
+The text is this machine's Python source, written as the Pile's files (jsonl.zst) and as WuDao's (JSON arrays), each
+document COPIES times; the documents to pack have lengths drawn from a Pareto distribution, as web text has.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from openllama.data.prepare import CORPORA, prepare
 from openllama.data.shards import read_shards
 from openllama.tokenizer import train
 
-FILES = 8  # of each corpus
-CONTEXT, BATCH = 2048, 8
-DOCUMENTS = 2_000_000  # to pack
+FILES, COPIES = 16, 4  # of each corpus: several processes have work only where there is much to read
+CONTEXT, BATCHES = 2048, (8, 64)
+DOCUMENTS = 20_000_000  # to pack; a tenth of them for the twin
 SECONDS = 2.0  # that the loader is read for
 
 
@@ -64,7 +64,7 @@ def raw_files(texts: list[str], folder: Path) -> None:
     for kind in CORPORA:
         (folder / kind).mkdir()
     for i in range(FILES):
-        mine = texts[i::FILES]
+        mine = texts[i % (FILES // COPIES) :: FILES // COPIES]
         pile = b"".join(
             json.dumps({"text": t, "meta": {"pile_set_name": f"set {n % 5}"}}).encode() + b"\n"
             for n, t in enumerate(mine)
@@ -89,7 +89,7 @@ def preparing(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def tokenising(folder: Path, vocab: int) -> Iterator[dict[str, Any]]:
-    shards = folder / "pile-1" / "train"
+    shards = folder / "source" / "train"
     texts = (document["text"] for document in read_shards(shards))
     tokenizer = train(texts, folder / "tokenizer.model", vocab)
     for processes in process_counts():
@@ -109,30 +109,43 @@ def tokenising(folder: Path, vocab: int) -> Iterator[dict[str, Any]]:
         )
 
 
+def packed(
+    work: Callable[[np.ndarray, np.ndarray, int], pack.Packs], tokens: np.ndarray
+) -> tuple[float, float]:
+    """Seconds, and the share of padding."""
+    start = np.cumsum(tokens) - tokens
+    seconds, packs = timed(lambda: work(start, tokens, CONTEXT))
+    return seconds, float(1 - packs.length.sum() / CONTEXT / (len(packs.first) - 1))
+
+
 def packing(cache: TokenCache) -> Iterator[dict[str, Any]]:
     tokens = (np.random.default_rng(0).pareto(1.1, DOCUMENTS) * 100).astype(np.int64) + 2
-    start = np.cumsum(tokens) - tokens
-    for impl, work in (
-        ("ours:native", lambda: pack.pack(start, tokens, CONTEXT)),
-        ("ours:numpy", lambda: twin.pack(start, tokens, CONTEXT, "split")),
+    for impl, work, documents in (
+        ("ours:native", pack.pack, DOCUMENTS),
+        ("ours:native", pack.pack, DOCUMENTS // 10),
+        (
+            "ours:numpy",
+            lambda start, n, context: pack.Packs(*twin.pack(start, n, context, "split")),
+            DOCUMENTS // 10,
+        ),
     ):
-        seconds = min(timed(work)[0] for _ in range(3 if impl == "ours:native" else 1))
-        yield row("pack", {"documents": DOCUMENTS, "context": CONTEXT}, seconds, DOCUMENTS, "documents/s") | {
-            "impl": impl
-        }
-    seconds, loader = timed(lambda: PackedLoader(cache, CONTEXT, BATCH))
+        seconds, padding = min(packed(work, tokens[:documents]) for _ in range(2))
+        shape = {"documents": documents, "context": CONTEXT}
+        yield row("pack", shape, seconds, documents, "documents/s", padding=padding) | {"impl": impl}
+    seconds, loader = timed(lambda: PackedLoader(cache, CONTEXT, 1))
     shape = {"documents": len(cache), "context": CONTEXT, "of": "the text"}
     yield row("pack", shape, seconds, len(cache), "documents/s", padding=loader.padding_share)
 
 
 def loading(cache: TokenCache) -> Iterator[dict[str, Any]]:
     """Labels a second into batches of tensors, on one core."""
-    loader = PackedLoader(cache, CONTEXT, BATCH)
-    next(loader)
-    start, targets = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - start) < SECONDS:
-        targets += next(loader).targets
-    yield row("load", {"context": CONTEXT, "batch": BATCH}, seconds, targets, "tokens/s")
+    for batch in BATCHES:
+        loader = PackedLoader(cache, CONTEXT, batch)
+        next(loader)
+        start, targets = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - start) < SECONDS:
+            targets += next(loader).targets
+        yield row("load", {"context": CONTEXT, "batch": batch}, seconds, targets, "tokens/s")
 
 
 def main() -> None:

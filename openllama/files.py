@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +79,58 @@ def folder_written_aside(
     _sync(folder.parent)
 
 
+@contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """Holds `folder`, which it makes, for this process. Raises BlockingIOError where another process does.
+
+    The lock is the kernel's, so it ends with the process, however that ends. Where a file system has none, nothing is
+    held.
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _locked(path)
+    try:
+        yield
+    finally:
+        path.unlink(
+            missing_ok=True
+        )  # while it is held: `_locked` notices that its file is gone, and makes another
+        os.close(descriptor)
+
+
+@contextmanager
+def goes_on_after_full_disk(folder: str | Path) -> Iterator[None]:
+    """Names `folder` for a full disk, for work that goes on where it was when it is run again."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            e.errno, f"{folder}: the disk is full; free space and run again, it goes on where it was"
+        ) from None
+
+
+def _locked(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise BlockingIOError(
+                f"{path.parent}: another run is writing here; wait until it has ended, or choose another folder"
+            ) from None
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                os.close(descriptor)
+                raise
+        with suppress(FileNotFoundError):  # its last holder has removed it in between
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)
+
+
 def _beside(folder: Path, what: str) -> Path:
     """Without a process id, so that what a killed run left is found by the next one."""
     return folder.with_name(f".{folder.name}.{what}")
@@ -123,7 +176,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | Path, value: Any, indent: int = 2) -> None:
+def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     with file_written_aside(path) as file:
         file.write((json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
 

@@ -54,10 +54,12 @@ def _lengths(cache: TokenCache, category: str) -> list[int]:
 
 
 def table(figures: Mapping[str, Figures]) -> str:
-    lines = [f"{'':<10} {'documents':>9} {'nats/token':>10} {'bits/byte':>9} {'bytes/token':>11}"]
+    """Names come last: their characters may be twice as wide as others."""
+    lines = [f"{'documents':>9} {'nats/token':>10} {'bits/byte':>9} {'bytes/token':>11}  category"]
     for category, f in figures.items():
         lines.append(
-            f"{category:<10} {f.documents:>9,} {f.loss:>10.4f} {f.bits_per_byte:>9.3f} {f.bytes_per_token:>11.3f}"
+            f"{f.documents:>9,} {f.loss:>10.4f} {f.bits_per_byte:>9.3f} {f.bytes_per_token:>11.3f}  "
+            f"{category or '(none)'}"
         )
     return "\n".join(lines)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from itertools import islice
-from pathlib import Path
 
 from openllama import cli
 
@@ -28,27 +27,30 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    for name, least in (("packs", 1), ("epoch", 0), ("characters", 1)):
+        if (got := getattr(args, name)) < least:
+            raise ValueError(f"--{name}: got {got}, takes a whole number of at least {least}")
     from rich.console import Console
 
     from openllama.config import load
-    from openllama.data.cache import tokenize
-    from openllama.data.loader import PackedLoader
     from openllama.tokenizer import Tokenizer
-    from openllama.training.config import TrainConfig, by_name
+    from openllama.training.config import TrainConfig
+    from openllama.training.inputs import check_inputs, packed_loader, token_caches
 
     config = load(TrainConfig, args.config, args.overrides)
     tokenizer = Tokenizer(config.tokenizer)
-    folder = Path(config.out) / "tokens" / "train"
-    sources = {
-        name: tokenize(shards, tokenizer, folder / name) for name, shards in by_name(config.shards).items()
-    }
-    loader = PackedLoader(sources, config.context, 1, config.seed, mix=config.mix, long=config.long)
+    check_inputs(config, tokenizer)
+    print(
+        f"tokenising into {config.out}/tokens what is not there yet (train/pretrain.py uses it too)",
+        flush=True,
+    )
+    loader = packed_loader(config, token_caches(config, tokenizer, "train"), "train", batch=1)
+    loader.epoch = args.epoch
     console = Console(highlight=False)
     console.print(
         f"{loader.packs:,} packs of {config.context} an epoch, {loader.targets_per_epoch:,} labels, "
         f"{loader.padding_share:.2%} padding; fingerprint {loader.state_dict()['fingerprint'][:12]}"
     )
-    loader.epoch = args.epoch
     for pack, batch in zip(loader.order(args.epoch)[: args.packs], islice(loader, args.packs)):
         show(console, loader, int(pack), batch, tokenizer, args.characters)
 
@@ -68,9 +70,10 @@ def show(console, loader, pack: int, batch, tokenizer, characters: int) -> None:
             if piece.length == total - 1
             else f"tokens {piece.start:,} to {piece.start + piece.length:,}"
         )
-        console.print(f"[bold]── document {piece.document:,} of {whose}[/bold], {part} of its {total:,}")
+        # rich would take parts of names and texts for its markup, or break their lines
+        console.out(f"── document {piece.document:,} of {whose}, {part} of its {total:,}", style="bold")
         ids = batch.ids[begin : begin + piece.length].tolist()
-        console.print(shortened(tokenizer.decode(ids), characters), markup=False)
+        print(shortened(tokenizer.decode(ids), characters))
 
 
 def shortened(text: str, characters: int) -> str:

@@ -83,15 +83,17 @@ def report(made: dict, args: argparse.Namespace) -> None:
     if made["reused"]:
         print(f"reusing {args.out}: {what}")
     else:
-        print(f"wrote {args.out}: {what}, {megabytes / made['seconds']:.1f} MB/s")
+        print(f"wrote {args.out}: {what}, {made['rate'] / 1e6:.1f} MB/s")
     for category, counts in made["train"]["categories"].items():
         print(
             f"  {category}: {counts['lines']:,} documents, {counts['text_bytes'] / 1e6:,.1f} MB to train on"
         )
+    for kind, count in sorted(made["passed_over"].items()):
+        print(f"passed over: {count:,} x {kind}")
     damage = made["train"]["damage"]["counts"]
     for reason, count in damage.items():
         print(f"skipped: {count:,} x {reason} (examples in {args.out}/train/manifest.json)")
-    if args.corpus:
+    if args.corpus and args.max_bytes is None:
         compare(made["documents"] + sum(damage.values()), args.corpus)
 
 
@@ -99,11 +101,12 @@ def compare(lines: int, corpus: str) -> None:
     """With the published size: a set that was cut short while it was downloaded shows here."""
     from openllama.data.prepare import CORPORA
 
-    published = CORPORA[corpus].lines
+    _, published, fewer = CORPORA[corpus]
     if lines == published:
         print(f"{lines:,} lines read: the whole of {corpus}, as published")
     else:
-        print(f"{lines:,} lines read, {lines / published:.2%} of the {published:,} published for {corpus}")
+        share = f"{lines / published:.2%} of the {published:,} published for {corpus}"
+        print(f"{lines:,} lines read, {share}{f' ({fewer})' if fewer else ''}")
 
 
 if __name__ == "__main__":

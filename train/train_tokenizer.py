@@ -13,8 +13,6 @@ from pathlib import Path
 
 from openllama import cli
 
-REPORT_BYTES = 20_000_000  # of text, on which bytes per token are counted
-
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -25,8 +23,8 @@ def arguments() -> argparse.Namespace:
         required=True,
         action="append",
         metavar="FOLDER[:N]",
-        help="folder made by train/prepare_data.py, e.g. runs/shards/train; N: only so many of its shards; may be "
-        "given again",
+        help="folder made by train/prepare_data.py, e.g. runs/shards/train; N: exactly so many of its shards "
+        "(default: as many as the sample takes); may be given again",
     )
     parser.add_argument("--out", required=True, help="where to write the model, e.g. runs/tokenizer.model")
     parser.add_argument(
@@ -40,7 +38,8 @@ def arguments() -> argparse.Namespace:
         "--sample-bytes",
         type=int,
         default=100_000_000,
-        help="train on about this much text, chosen by hash (default: 100 MB; lower it if memory runs out)",
+        help="train on about this much text, chosen by hash (default: 100 MB; lower it if memory runs out), but on at "
+        "most 95%% of it all: on the rest bytes per token are counted",
     )
     parser.add_argument(
         "--weight",
@@ -55,17 +54,23 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     from openllama import tokenizer
+    from openllama.data.documents import Document
     from openllama.data.sample import sample
 
     folders = dict(map(folder_and_count, args.shards))
     weights = dict(map(category_and_weight, args.weight))
     start = time.perf_counter()
-    texts = (d["text"] for d in sample(folders, args.sample_bytes, weights))
+    held_out: list[Document] = []
+    texts = (d["text"] for d in sample(folders, args.sample_bytes, weights, held_out))
     trained = tokenizer.train(texts, args.out, args.vocab_size)
     print(f"wrote {args.out}: {trained.vocab_size:,} pieces, {time.perf_counter() - start:.1f} s")
-    print("bytes per token, of texts held against it:")
-    for name, rate in tokenizer.compression(trained, sample(folders, REPORT_BYTES)).items():
-        print(f"  {rate:6.3f}  {name}")
+    if not held_out:
+        print("bytes per token: not counted; in so little text none was left to hold out")
+        return
+    size = sum(len(d["text"].encode()) for d in held_out)
+    print(f"bytes per token, of {size / 1e6:.1f} MB of text that it was not trained on:")
+    for name, rate in tokenizer.compression(trained, held_out).items():
+        print(f"{rate:9.3f}  {name}")
 
 
 def folder_and_count(value: str) -> tuple[str, int | None]:

@@ -15,6 +15,8 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace py = pybind11;
@@ -38,22 +40,22 @@ enum class Long { split, sample, truncate };
 struct Pieces {
   std::vector<int64_t> source;  // where the first token lies
   std::vector<int32_t> length;  // inputs; the labels lie one further
-  std::vector<int64_t> slack;   // how much further on it may start: above 0 where a long document is sampled
+  std::vector<int64_t> slack;   // how much further on it may start; empty unless long documents are sampled
 };
 
 Pieces cut(const int64_t* start, const int64_t* tokens, int64_t documents, int64_t context, Long mode) {
   Pieces pieces;
   pieces.source.reserve(documents);
   pieces.length.reserve(documents);
-  pieces.slack.reserve(documents);
+  const bool sampled = mode == Long::sample;
+  if (sampled) pieces.slack.reserve(documents);
   for (int64_t d = 0; d < documents; ++d) {
     const int64_t labels = tokens[d] - 1;
     for (int64_t at = 0; at < labels; at += context) {
-      const bool only = mode != Long::split;
       pieces.source.push_back(start[d] + at);
       pieces.length.push_back(static_cast<int32_t>(std::min(context, labels - at)));
-      pieces.slack.push_back(mode == Long::sample && labels > context ? labels - context : 0);
-      if (only) break;
+      if (sampled) pieces.slack.push_back(std::max<int64_t>(labels - context, 0));
+      if (mode != Long::split) break;
     }
   }
   return pieces;
@@ -92,23 +94,22 @@ class Rooms {
   std::vector<uint64_t> words_, summary_;
 };
 
-// Indices of `keys` in stable order of their value, each in [0, limit).
-template <typename T>
-std::vector<int64_t> counting_sort(const std::vector<T>& keys, int64_t limit, std::vector<int64_t>& first) {
+// 0 .. count - 1 in stable order of their key, each in [0, limit); `first` says where each key begins.
+template <typename Key>
+std::vector<int64_t> counting_sort(int64_t count, int64_t limit, std::vector<int64_t>& first, Key key) {
   first.assign(limit + 1, 0);
-  for (T key : keys) ++first[key + 1];
+  for (int64_t i = 0; i < count; ++i) ++first[key(i) + 1];
   std::partial_sum(first.begin(), first.end(), first.begin());
-  std::vector<int64_t> order(keys.size()), at(first.begin(), first.end() - 1);
-  for (size_t i = 0; i < keys.size(); ++i) order[at[keys[i]]++] = static_cast<int64_t>(i);
+  std::vector<int64_t> order(count), at(first.begin(), first.end() - 1);
+  for (int64_t i = 0; i < count; ++i) order[at[key(i)]++] = i;
   return order;
 }
 
 // Best-fit decreasing (see twin.py): the bin of each piece, and the number of bins.
 std::pair<std::vector<int64_t>, int64_t> best_fit(const std::vector<int32_t>& length, int64_t capacity) {
-  std::vector<int32_t> shortness(length.size());
-  for (size_t i = 0; i < length.size(); ++i) shortness[i] = static_cast<int32_t>(capacity - length[i]);
   std::vector<int64_t> ignored;
-  const auto order = counting_sort(shortness, capacity, ignored);
+  const auto shortness = [&](int64_t i) { return capacity - length[i]; };
+  const auto order = counting_sort(length.size(), capacity, ignored, shortness);
   std::vector<int64_t> bins(length.size());
   std::vector<int64_t> top(capacity + 1, -1), below;  // per room a stack of bins, linked through `below`
   Rooms rooms(capacity);
@@ -134,10 +135,23 @@ std::pair<std::vector<int64_t>, int64_t> best_fit(const std::vector<int32_t>& le
 }
 
 template <typename T>
-std::vector<T> taken(const std::vector<T>& values, const std::vector<int64_t>& order) {
-  std::vector<T> out(order.size());
-  for (size_t i = 0; i < order.size(); ++i) out[i] = values[order[i]];
-  return out;
+void reorder(std::vector<T>& values, const std::vector<int64_t>& order) {
+  std::vector<T> out(values.size());
+  for (size_t i = 0; i < values.size(); ++i) out[i] = values[order[i]];
+  values.swap(out);
+}
+
+// The pieces in the order of their packs, and where each pack begins.
+std::pair<Pieces, std::vector<int64_t>> packed(Pieces pieces, int64_t context) {
+  std::vector<int64_t> order, first;
+  {
+    const auto [bins, count] = best_fit(pieces.length, context);
+    order = counting_sort(bins.size(), count, first, [&](int64_t i) { return bins[i]; });
+  }
+  reorder(pieces.source, order);
+  reorder(pieces.length, order);
+  reorder(pieces.slack, order);
+  return {std::move(pieces), std::move(first)};
 }
 
 py::tuple pack(Array<int64_t> start, Array<int64_t> tokens, int64_t context, const std::string& longs) {
@@ -149,10 +163,7 @@ py::tuple pack(Array<int64_t> start, Array<int64_t> tokens, int64_t context, con
   {
     const int64_t *s = start.data(), *t = tokens.data(), documents = start.size();
     py::gil_scoped_release release;
-    pieces = cut(s, t, documents, context, mode);
-    const auto [bins, count] = best_fit(pieces.length, context);
-    const auto order = counting_sort(bins, count, first);
-    pieces = {taken(pieces.source, order), taken(pieces.length, order), taken(pieces.slack, order)};
+    std::tie(pieces, first) = packed(cut(s, t, documents, context, mode), context);
   }
   return py::make_tuple(to_array(std::move(pieces.source)), to_array(std::move(pieces.length)),
                         to_array(std::move(pieces.slack)), to_array(std::move(first)));
@@ -193,7 +204,7 @@ void pad_piece(int64_t length, int64_t pad, int64_t ignored, Out out) {
 template <typename Id>
 py::tuple fill(const std::vector<Array<Id>>& tokens, Array<int64_t> source, Array<int32_t> length,
                Array<int64_t> slack, Array<int64_t> first, Array<int64_t> packs, int64_t batch,
-               int64_t context, int64_t pad, int64_t ignored, uint64_t key) {
+               int64_t context, int64_t pad, int64_t ignored, Array<uint64_t> keys) {
   Array<int64_t> ids(batch * context), labels(batch * context);
   Array<int32_t> positions(batch * context);
   std::vector<int64_t> base(tokens.size() + 1);  // where each file's tokens begin, counted over all of them
@@ -211,9 +222,9 @@ py::tuple fill(const std::vector<Array<Id>>& tokens, Array<int64_t> source, Arra
     int64_t room = context;
     const int64_t p = b < packs.size() ? packs.at(b) : -1;  // packs missing at an epoch's end are all padding
     for (int64_t i = p < 0 ? 0 : first.at(p), end = p < 0 ? 0 : first.at(p + 1); i < end; ++i) {
-      const int64_t size = length.at(i), more = slack.at(i);
+      const int64_t size = length.at(i), more = slack.size() ? slack.at(i) : 0;
       int64_t from = source.at(i);
-      if (more) from += static_cast<int64_t>(mixed(key ^ mixed(i)) % (more + 1));
+      if (more) from += static_cast<int64_t>(mixed(keys.at(b) ^ mixed(i)) % (more + 1));
       const size_t file = std::upper_bound(base.begin(), base.end(), from) - base.begin() - 1;
       if (from < 0 || size > room || file >= tokens.size() || from + size + 1 > base[file + 1])
         throw std::out_of_range("a piece lies outside of the tokens or of its pack");

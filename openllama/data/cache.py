@@ -7,22 +7,20 @@ Until then journal.json says how many shards the files hold: an interrupted run 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from openllama.files import read_json, write_json
+from openllama.files import goes_on_after_full_disk, read_json, sole_writer, write_json
 from openllama.tokenizer import Tokenizer
 
 from . import shards
-from .documents import Document
 from .pool import ordered_map, process_count
 from .progress import bar
 
@@ -30,9 +28,9 @@ VERSION = 2
 TOKENS, OFFSETS, CATEGORIES, INDEX = "tokens.bin", "offsets.bin", "categories.bin", "cache.json"
 JOURNAL = "journal.json"
 MOST_CATEGORIES = 1 << 16
-# Handed to a worker at once: characters of text, and at most so many texts. Small enough that memory stays
-# flat, large enough to hide the hand-over.
-BATCH_CHARACTERS, BATCH_TEXTS = 1 << 18, 256
+# Handed to a worker at once: bytes of lines, and at most so many. Small enough that memory stays flat, large enough to hide
+# the hand-over.
+BATCH_BYTES, BATCH_LINES = 1 << 18, 256
 # Of text, at least: a process takes as long to start as it needs for about this much.
 BYTES_PER_PROCESS = 8 << 20
 
@@ -41,10 +39,10 @@ _MADE_FROM = ("tokenizer", "shards")  # compared by `tokenize` only
 
 
 class Batch(NamedTuple):
-    """Some documents of one shard."""
+    """Some lines of one shard, with their numbers."""
 
-    texts: list[str]
-    categories: list[str]
+    shard: Path
+    lines: list[tuple[int, bytes]]
     ends: bool  # whether the shard ends with them
 
 
@@ -124,13 +122,8 @@ def tokenize(
     """
     manifest = shards.read_manifest(shards_dir)
     out, made_from = Path(out_dir), _made_from(shards_dir, tokenizer)
-    for name in (INDEX, JOURNAL):
-        if (out / name).exists() and (
-            stale := _differences(read_json(out / name, VERSION, _MADE_FROM), made_from)
-        ):
-            raise ValueError(f"{out}: made from {stale}; remove {out}, or choose another `out`")
-    if (out / INDEX).exists():
-        return TokenCache(out)
+    if found := _finished(out, made_from):
+        return found
     if len(manifest["categories"]) > MOST_CATEGORIES:
         raise ValueError(
             f"{shards_dir}: {len(manifest['categories']):,} categories, takes at most {MOST_CATEGORIES:,}; "
@@ -138,14 +131,10 @@ def tokenize(
         )
     processes = process_count(processes, manifest["text_bytes"], BYTES_PER_PROCESS)
     began = time.perf_counter()
-    try:
+    with sole_writer(out), goes_on_after_full_disk(out):
+        if found := _finished(out, made_from):  # by a run that has just ended
+            return found
         made = _write(Path(shards_dir), manifest, tokenizer, out, made_from, processes, progress)
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        raise OSError(
-            e.errno, f"{out}: the disk is full; free space and run again, it goes on where it was"
-        ) from None
     if progress:
         seconds = time.perf_counter() - began
         print(
@@ -154,6 +143,16 @@ def tokenize(
             flush=True,
         )
     return TokenCache(out)
+
+
+def _finished(out: Path, made_from: dict[str, Any]) -> TokenCache | None:
+    """The cache in `out` if it is complete. Raises ValueError where it was made, or begun, from something else."""
+    for name in (INDEX, JOURNAL):
+        if (out / name).exists() and (
+            stale := _differences(read_json(out / name, VERSION, _MADE_FROM), made_from)
+        ):
+            raise ValueError(f"{out}: made from {stale}; remove {out}, or choose another `out`")
+    return TokenCache(out) if (out / INDEX).exists() else None
 
 
 def _made_from(shards_dir: str | Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -267,7 +266,7 @@ def _write(
         advance(sum(growing.text_bytes.values()))
         before = growing.tokens
         left = manifest["shards"][growing.whole_shards :]
-        batches = (batch for entry in left for batch in _batches(shards.read_shard(folder, entry)))
+        batches = (batch for entry in left for batch in _batches(folder / entry["name"], entry["lines"]))
         with closing(ordered_map(_encode, batches, processes, (tokenizer,))) as results:
             for made in results:
                 growing.add(made)
@@ -276,26 +275,28 @@ def _write(
         return growing.tokens - before
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[Batch]:
-    """The documents of one shard, some at a time."""
-    texts: list[str] = []
-    categories: list[str] = []
+def _batches(shard: Path, count: int) -> Iterator[Batch]:
+    """The lines of one shard, some at a time: parsing them takes longer than reading."""
+    lines: list[tuple[int, bytes]] = []
     size = 0
-    for document in documents:
-        if size >= BATCH_CHARACTERS or len(texts) == BATCH_TEXTS:
-            yield Batch(texts, categories, ends=False)
-            texts, categories, size = [], [], 0
-        texts.append(document["text"])
-        categories.append(document["meta"]["category"])
-        size += len(document["text"])
-    yield Batch(texts, categories, ends=True)
+    for number, line in shards.shard_lines(shard, count):
+        if size >= BATCH_BYTES or len(lines) == BATCH_LINES:
+            yield Batch(shard, lines, ends=False)
+            lines, size = [], 0
+        lines.append((number, line))
+        size += len(line)
+    yield Batch(shard, lines, ends=True)
 
 
 def _encode(batch: Batch, tokenizer: Tokenizer) -> Encoded:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    documents = [
-        np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], dtype) for text in batch.texts
-    ]
-    lengths = np.array([len(d) for d in documents], np.uint64)
-    sizes = [len(text.encode()) for text in batch.texts]
-    return Encoded(np.concatenate(documents), lengths, batch.categories, sizes, batch.ends)
+    documents = [shards.written(batch.shard, number, line) for number, line in batch.lines]
+    texts = [document["text"] for document in documents]
+    ids = [np.array([tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id], dtype) for t in texts]
+    return Encoded(
+        np.concatenate(ids),
+        np.array([len(d) for d in ids], np.uint64),
+        [document["meta"]["category"] for document in documents],
+        [len(text.encode()) for text in texts],
+        batch.ends,
+    )

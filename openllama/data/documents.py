@@ -20,7 +20,10 @@ class DamagedData(ValueError):
 
 @dataclass(frozen=True)
 class Fields:
-    """Keys of a record; a dot goes into an object. Several texts are joined by newlines, as WuDao's title and content."""
+    """Keys of a record; a dot goes into an object. Several texts are joined by newlines, as WuDao's title and content.
+
+    A category may be a number, which is written out, or null, which is called "none".
+    """
 
     text: tuple[str, ...] = ("text",)
     category: str | None = None  # None: the name of the file
@@ -54,6 +57,14 @@ class Damage:
         if self.counts[why.reason] <= EXAMPLES:
             self.examples.append({"file": file, unit(file): number, "reason": why.reason})
 
+    def add(self, counts: dict[str, int], examples: list[dict[str, Any]]) -> None:
+        """Adds what `to_dict` gave of a later part."""
+        for example in examples:
+            seen = sum(known["reason"] == example["reason"] for known in self.examples)
+            self.examples += [example] if seen < EXAMPLES else []
+        for reason, count in counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+
     def to_dict(self) -> dict[str, Any]:
         return {"counts": dict(sorted(self.counts.items())), "examples": list(self.examples)}
 
@@ -68,7 +79,7 @@ def document(data: Data, fields: Fields, category: str, path: str) -> Document:
         record = parse(data) if isinstance(data, bytes) else data
         text = "\n".join(t for t in (_text(record, key) for key in fields.text) if t)
         if fields.category is not None:
-            category = _text(record, fields.category)
+            category = _category(record, fields.category)
     if not text or text.isspace():
         raise Unreadable("empty")
     if not (_encodable(text) and _encodable(category)):
@@ -95,12 +106,29 @@ def parse(line: bytes) -> dict[str, Any]:
 _DECODER = json.JSONDecoder()
 
 
+def _category(record: dict[str, Any], key: str) -> str:
+    value = _value(record, key)
+    if value is None:
+        return "none"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return _string(value, key)
+
+
 def _text(record: dict[str, Any], key: str) -> str:
+    return _string(_value(record, key), key)
+
+
+def _value(record: dict[str, Any], key: str) -> Any:
     value: Any = record
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
             raise Unreadable("missing key", f"no {key!r} among {', '.join(map(repr, list(record)[:8]))}")
         value = value[name]
+    return value
+
+
+def _string(value: Any, key: str) -> str:
     if not isinstance(value, str):
         raise Unreadable("not a string", f"{key!r} is a {type(value).__name__}")
     return value

@@ -6,12 +6,12 @@ there (the bytes of a JSON value, a parquet row as a dict, a text as a str), or 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .lines import LONGEST, Advance, Unreadable, chunks, lines
+from .arrays import elements
+from .lines import LONGEST, Advance, Unreadable, chunks, has_ending, lines, unreadable
 
 Data = bytes | str | dict[str, Any] | Unreadable
 Records = Iterator[tuple[int, Data]]
@@ -22,13 +22,16 @@ JSON = tuple(f".json{c}" for c in COMPRESSED)
 TEXT = (".txt",)
 PARQUET = (".parquet",)
 SUFFIXES = (*JSON_LINES, *JSON, *PARQUET, *TEXT)
-READ = 1 << 18  # bytes read on at a time for an array, at least
+LONGEST_TEXT = (
+    256 << 20
+)  # bytes of a text file, which some corpora come as (enwik8, 100 MB): it is held whole
+PARQUET_READ = 1 << 20  # bytes of a column read at once
 BOM = b"\xef\xbb\xbf"  # some editors put it before the first line
 
 
 def unit(path: str | Path) -> str:
     """What the numbers of this file's records count."""
-    return "line" if str(path).endswith(JSON_LINES) else "record"
+    return "line" if has_ending(path, JSON_LINES) else "record"
 
 
 def records(path: Path, after: int, columns: list[str], advance: Advance) -> Records:
@@ -36,12 +39,11 @@ def records(path: Path, after: int, columns: list[str], advance: Advance) -> Rec
 
     `columns`: names of the keys that will be used: parquet is read by columns.
     """
-    name = path.name
-    if name.endswith(JSON):
+    if has_ending(path, JSON):
         found = json_values(path, advance)
-    elif name.endswith(PARQUET):
+    elif has_ending(path, PARQUET):
         found = parquet_rows(path, after, columns, advance)
-    elif name.endswith(JSON_LINES):
+    elif has_ending(path, JSON_LINES):
         found = json_lines(path, advance)
     else:
         found = whole_text(path, advance)
@@ -74,8 +76,8 @@ def json_lines(path: Path, advance: Advance) -> Records:
 def whole_text(path: Path, advance: Advance) -> Records:
     """One file, one document. Bytes are decoded as they are: newline conventions survive."""
     try:
-        if path.stat().st_size > LONGEST:
-            yield 0, Unreadable("text too long", f"{path.stat().st_size:,} bytes, takes at most {LONGEST:,}")
+        if path.stat().st_size > LONGEST_TEXT:
+            yield 0, Unreadable("text too long", f"takes at most {LONGEST_TEXT:,} bytes: divide it")
             return
         data = path.read_bytes()
         advance(len(data))
@@ -83,22 +85,11 @@ def whole_text(path: Path, advance: Advance) -> Records:
     except UnicodeDecodeError as e:
         yield 0, Unreadable("not UTF-8", f"byte {e.start}")
     except OSError as e:
-        yield 0, Unreadable("cannot be read", e.strerror or str(e))
-
-
-_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*'
-# In one step: an object that holds no other and no array, as most records do; a string (or one that the buffer cuts off:
-# no group 1); a character that opens, parts or ends values.
-_TOKEN = re.compile(
-    rb'\{[^{}\[\]"]*(?:' + _STRING + rb'"[^{}\[\]"]*)*\}|' + _STRING + rb'(?:(")|\\?\Z)|[\[\]{},]', re.DOTALL
-)
+        yield 0, unreadable(path, e)
 
 
 def json_values(path: Path, advance: Advance, longest: int = LONGEST) -> Records:
-    """The elements of a JSON array, one at a time, however long the file; or, where none opens it, its lines.
-
-    Elements are parted by counting brackets outside of strings; where a bracket or quote is missing, the rest is lost.
-    """
+    """The elements of a JSON array, one at a time, however long the file; or, where none opens it, its lines."""
     pieces, buffer = chunks(path, advance), b""
     try:
         while not buffer.strip() and (piece := next(pieces, None)) is not None:
@@ -110,62 +101,9 @@ def json_values(path: Path, advance: Advance, longest: int = LONGEST) -> Records
             pieces.close()
             yield from json_lines(path, lambda _: None)
             return
-        yield from _elements(buffer[buffer.index(b"[") + 1 :], pieces, longest)
+        yield from elements(buffer[buffer.index(b"[") + 1 :], pieces, longest)
     except Unreadable as why:
         yield 0, why
-
-
-def _elements(buffer: bytes, pieces: Iterator[bytes], longest: int) -> Records:
-    start = at = depth = 0  # where the element begins, where to look on, brackets open in it
-    number, broken = 1, None
-    while True:
-        token = _TOKEN.search(buffer, at)
-        if token is None or (token[0].startswith(b'"') and not token[1]):
-            # nothing more that is whole: keep the element's beginning and read on, ever more of a long one
-            at = (token.start() if token else len(buffer)) - start
-            buffer, start = buffer[start:], 0
-            if len(buffer) > longest:
-                yield (
-                    number,
-                    Unreadable("record too long", f"over {longest:,} bytes; the rest of the file is lost"),
-                )
-                return
-            more, why = _at_least(pieces, max(READ, len(buffer)))
-            broken = broken or why
-            if not more:
-                yield number, broken or Unreadable("truncated JSON array", "the rest of the file is lost")
-                return
-            buffer += more
-            continue
-        at, mark = token.end(), token[0]
-        if mark in (b"{", b"["):
-            depth += 1
-        elif depth and mark in (b"}", b"]"):
-            depth -= 1
-        elif not depth and mark in (b",", b"]"):
-            element = buffer[start : token.start()].strip()
-            if element or mark == b"," or number > 1:  # else it is [], which holds none
-                yield number, element or Unreadable("not JSON", "nothing between two commas")
-                number += 1
-            start = at
-            if mark == b"]":
-                break
-    if broken:
-        yield number, broken
-    elif buffer[at:].strip() or any(piece.strip() for piece in pieces):
-        yield number, Unreadable("more than one JSON value", "text after the array's end")
-
-
-def _at_least(pieces: Iterator[bytes], size: int) -> tuple[bytes, Unreadable | None]:
-    """So many bytes more, or those up to the end or to a damaged place, and why it is one."""
-    got, total, why = [], 0, None
-    try:
-        while total < size and (piece := next(pieces, None)) is not None:
-            got.append(piece)
-            total += len(piece)
-    except Unreadable as e:
-        why = e
-    return b"".join(got), why
 
 
 def parquet_rows(path: Path, after: int, columns: list[str], advance: Advance) -> Records:
@@ -174,24 +112,36 @@ def parquet_rows(path: Path, after: int, columns: list[str], advance: Advance) -
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            names = [c for c in columns if c in file.schema_arrow.names]
+        # buffered, as otherwise whole columns of a row group are read at once: with one group, all of the file
+        with parquet.ParquetFile(path, buffer_size=PARQUET_READ, pre_buffer=False) as file:
+            size, names = path.stat().st_size, [c for c in columns if c in file.schema_arrow.names]
             row = 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if row + count > after:
                     yield from _group_rows(file, group, names, row, after)
                 row += count
-                advance(path.stat().st_size // file.num_row_groups)
-    except OSError as e:
-        yield 0, Unreadable("cannot be read", e.strerror or str(e))
+                advance(size // file.num_row_groups)
+        if not row:
+            yield 0, Unreadable("empty file")
     except pyarrow.ArrowException as e:
         yield 0, Unreadable("not parquet, or corrupt", str(e))
+    except OSError as e:  # pyarrow has it for corrupt pages too, then without a number of the system's
+        yield 0, unreadable(path, e) if e.errno else Unreadable("not parquet, or corrupt", str(e))
 
 
 def _group_rows(file: Any, group: int, names: list[str], row: int, after: int) -> Records:
     for batch in file.iter_batches(256, row_groups=[group], columns=names):
-        for value in batch.to_pylist():
+        for value in _values(batch):
             row += 1
             if row > after:
                 yield row, value
+
+
+def _values(batch: Any) -> list[Data]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as e:
+        if batch.num_rows == 1:
+            return [Unreadable("not UTF-8", f"byte {e.start}")]
+        return [value for i in range(batch.num_rows) for value in _values(batch.slice(i, 1))]

@@ -12,7 +12,10 @@ import zstandard
 
 PIECE = 1 << 14  # bytes read at once
 ZSTD_PIECE = 1 << 10  # zstd can make 128 KiB of 4 bytes: this holds a decompression bomb to 32 MiB a piece
-LONGEST = 128 << 20  # bytes of a line; a longer one is no text, and would fill the memory
+LONGEST = 32 << 20  # bytes of a line or record; a longer one is no text, and would fill the memory
+# What `zstd --long=31` needs; by itself the library refuses more than 128 MiB. The system gives memory as the window fills:
+# a frame that only claims one (9 bytes will do) costs none.
+ZSTD_WINDOW = 1 << 31
 
 Advance = Callable[[int], None]  # told the bytes just read from the disk
 
@@ -26,6 +29,21 @@ class Unreadable(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
+
+def has_ending(path: str | Path, endings: str | tuple[str, ...]) -> bool:
+    """In capitals too, as some systems write them."""
+    return str(path).lower().endswith(endings)
+
+
+def unreadable(path: str | Path, error: OSError) -> Unreadable:
+    """Why `path` alone cannot be read. Raises OSError for what other files may have too: each would be passed over."""
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+        return Unreadable("cannot be read", error.strerror or str(error))
+    raise OSError(
+        error.errno,
+        f"{path}: {error.strerror or error}; check the disk and run again: it goes on where it was",
+    ) from error
 
 
 def lines(
@@ -65,12 +83,13 @@ def _line(held: list[bytes], size: int, longest: int) -> bytes | Unreadable:
 
 
 def chunks(path: str | Path, advance: Advance = lambda _: None) -> Generator[bytes, None, None]:
-    """The decompressed bytes of a file, in pieces; never an empty one. Raises Unreadable where it is damaged."""
-    kind = _zstd if str(path).endswith(".zst") else _gzip if str(path).endswith(".gz") else _plain
+    """The decompressed bytes of a file, in pieces; never an empty one. Raises Unreadable where it is damaged, OSError where the
+    disk is."""
+    kind = _zstd if has_ending(path, ".zst") else _gzip if has_ending(path, ".gz") else _plain
     try:
         yield from kind(path, advance)
     except OSError as e:
-        raise Unreadable("cannot be read", e.strerror or str(e)) from None
+        raise unreadable(path, e) from None
 
 
 def _plain(path: str | Path, advance: Advance) -> Iterator[bytes]:
@@ -102,7 +121,7 @@ def _zstd(path: str | Path, advance: Advance) -> Iterator[bytes]:
             for start in range(0, len(piece), ZSTD_PIECE):
                 chunk = piece[start : start + ZSTD_PIECE]
                 while chunk:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                    frame = frame or zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
                     if text := frame.decompress(chunk):
                         yield text
                     chunk = frame.unused_data if frame.eof else b""

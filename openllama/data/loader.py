@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .cache import TokenCache
-from .pack import Packs, fill, pack
+from .pack import fill
+from .packed import pack_sources
 from .twin import mixed
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass
@@ -52,8 +55,10 @@ class PackedLoader:
         batch: packs in a batch.
         mix: how often an epoch takes the packs of a source or a category ("pile", "Github", or "pile/Github" where
             only that source's category is meant): 2 takes them twice, 0.5 takes half of them and goes on with
-            the rest in the next epoch, 0 takes none. What is not named counts 1. Groups with a weight of their own share no packs.
+            the rest in the next epoch, 0 takes none. What is not named counts 1. Groups with a weight of their own
+            share no packs.
         long: what becomes of documents longer than the context: see `pack.pack`.
+        keep: a folder that keeps the packs, so that the processes of a run share them: see `packed.pack_sources`.
 
     Raises:
         ValueError: naming the argument.
@@ -70,6 +75,7 @@ class PackedLoader:
         shuffle: bool = True,
         mix: Mapping[str, float] | None = None,
         long: str = "split",
+        keep: str | Path | None = None,
     ) -> None:
         for name, value in (("batch", batch), ("world_size", world_size)):
             if value < 1:
@@ -82,39 +88,40 @@ class PackedLoader:
         self.context, self.batch, self.seed = context, batch, seed
         self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
         self.mix, self.long = dict(mix or {}), long
-        _check_sources(self.sources, self.mix)
+        _check_sources(self.sources)
         self._pad = next(iter(self.sources.values())).pad_id
         self._tokens = [cache.ids for cache in self.sources.values()]
-        self._pack_groups()
-        self.epoch = self.next_pack = 0
-        self._order, self._order_epoch = self.order(0), 0
-
-    def _pack_groups(self) -> None:
-        """Packs the documents of each weight by themselves, and counts what an epoch takes of them."""
-        made: list[Packs] = []
-        self._groups: list[tuple[int, int, int]] = []  # first pack, packs, packs taken in an epoch
-        self.targets_per_epoch = pieces = packs = 0
-        for weight, start, tokens in _by_weight(self.sources, self.mix):
-            group = pack(start, tokens, self.context, self.long)
-            count = len(group.first) - 1
-            taken = round(weight * count)
-            self._groups.append((packs, count, taken))
-            self.targets_per_epoch += round(int(group.length.sum()) * taken / max(1, count))
-            made.append(group._replace(first=group.first[:-1] + pieces))
-            pieces, packs = pieces + len(group.length), packs + count
-        if not packs or not any(taken for _, _, taken in self._groups):
+        self._packs, self._groups = pack_sources(self.sources, context, self.mix, long, keep)
+        self._count = len(self._packs.first) - 1
+        if not any(self._taken(group, 0) for group in range(len(self._groups))):
             raise ValueError(
-                f"sources: got {packs} packs, of which an epoch takes none (mix: {self.mix}); "
+                f"sources: got {self._count} packs, of which an epoch takes none (mix: {self.mix}); "
                 "give longer documents or larger weights"
             )
-        joined = Packs(*map(np.concatenate, zip(*made)))
-        self._packs = joined._replace(first=np.append(joined.first, pieces))
-        self.packs = sum(taken for _, _, taken in self._groups)
+        self.epoch = self.next_pack = 0
+        self._drawn, self._drawn_epoch = self._draws(0), 0
+
+    def _taken(self, group: int, epoch: int) -> range:
+        """Of a group's endless row of packs, shuffled anew each turn, those of an epoch."""
+        each = self._groups[group].weight * self._groups[group].count
+        return range(ceil(epoch * each), ceil((epoch + 1) * each))
+
+    @property
+    def packs(self) -> int:
+        """Packs in this epoch; with a mix, epochs may differ by one a group."""
+        return sum(len(self._taken(group, self.epoch)) for group in range(len(self._groups)))
+
+    @property
+    def targets_per_epoch(self) -> int:
+        """Labels in an epoch; with a mix, on average."""
+        return round(sum(group.weight * group.targets for group in self._groups))
 
     @property
     def padding_share(self) -> float:
         """Share of an epoch's tokens that is padding (without the packs that fill up its last batch)."""
-        return 1 - self.targets_per_epoch / (self.packs * self.context)
+        targets = sum(group.weight * group.targets for group in self._groups)
+        room = sum(group.weight * group.count * self.context for group in self._groups)
+        return 1 - float(targets / room)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -124,11 +131,11 @@ class PackedLoader:
         return self
 
     def __next__(self) -> Batch:
-        if self.next_pack >= self.packs:
+        while self.next_pack >= self.packs:  # an epoch of a few packs with small weights may take none
             self.epoch, self.next_pack = self.epoch + 1, 0
-        if self._order_epoch != self.epoch:
-            self._order, self._order_epoch = self.order(self.epoch), self.epoch
-        made = self._make(self._order, self.next_pack, self.epoch)
+        if self._drawn_epoch != self.epoch:
+            self._drawn, self._drawn_epoch = self._draws(self.epoch), self.epoch
+        made = self._make(self._drawn, self.next_pack)
         self.next_pack = min(self.next_pack + self.world_size * self.batch, self.packs)
         return made
 
@@ -137,9 +144,9 @@ class PackedLoader:
 
         Its first batches are a fair sample of the corpus, for epoch 0 is shuffled too (unless shuffle is off).
         """
-        order = self.order(0)
-        for first in range(0, self.packs, self.world_size * self.batch):
-            yield self._make(order, first, 0)
+        draws = self._draws(0)
+        for first in range(0, len(draws), self.world_size * self.batch):
+            yield self._make(draws, first)
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on, of constant size; JSON can hold it."""
@@ -160,11 +167,14 @@ class PackedLoader:
                     "the state was saved with, or start without it"
                 )
         epoch, next_pack = state.get("epoch", -1), state.get("next_pack", -1)
+        before = self.epoch
+        self.epoch = max(epoch, 0)
         if epoch < 0 or not 0 <= next_pack <= self.packs:
+            self.epoch, packs = before, self.packs
             raise ValueError(
-                f"loader state: got epoch {epoch}, next_pack {next_pack}, takes at most {self.packs} packs"
+                f"loader state: got epoch {epoch}, next_pack {next_pack}, takes at most {packs} packs"
             )
-        self.epoch, self.next_pack = epoch, next_pack
+        self.next_pack = next_pack
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -177,20 +187,22 @@ class PackedLoader:
         }
 
     def order(self, epoch: int) -> np.ndarray:
-        """The numbers of an epoch's packs. Each group is an endless row of permutations of its packs, of which every epoch takes
-        the next part, so that a weight of 0.5 takes every pack once in two epochs."""
-        parts = []
-        for group, (first, count, taken) in enumerate(self._groups):
-            begin, end = epoch * taken, (epoch + 1) * taken
-            for turn in range(begin // count, -(-end // count)) if taken else ():
-                a, b = max(begin - turn * count, 0), min(end - turn * count, count)
-                parts.append(first + self._permutation(count, turn, group)[a:b])
-        order = np.concatenate(parts)
-        return (
-            order
-            if len(self._groups) == 1
-            else order[self._permutation(len(order), epoch, len(self._groups))]
-        )
+        """The numbers of an epoch's packs: a weight of 0.5 takes every pack of its group once in two epochs."""
+        return self._draws(epoch) % self._count
+
+    def _draws(self, epoch: int) -> np.ndarray:
+        """An epoch's packs, each as turn * count + number: how often its group was gone through before, and which."""
+        parts = [np.empty(0, np.int64)]
+        for i, group in enumerate(self._groups):
+            taken = self._taken(i, epoch)
+            for turn in range(taken.start // group.count, -(-taken.stop // group.count)) if taken else ():
+                a, b = (min(max(t - turn * group.count, 0), group.count) for t in (taken.start, taken.stop))
+                packs = self._permutation(group.count, turn, i)[a:b] + group.first
+                parts.append(packs + turn * self._count)
+        draws = np.concatenate(parts)
+        if len(self._groups) == 1:
+            return draws
+        return draws[self._permutation(len(draws), epoch, len(self._groups))]
 
     def pieces(self, pack: int) -> list[Piece]:
         """What a pack is made of. A sampled piece is given at its earliest start."""
@@ -213,60 +225,27 @@ class PackedLoader:
         bits = np.random.MT19937(np.random.SeedSequence([self.seed, turn, *([group] if group else [])]))
         return np.random.RandomState(bits).permutation(count)
 
-    def _make(self, order: np.ndarray, first: int, epoch: int) -> Batch:
-        """This rank's batch of the group that starts at pack `first` of `order`."""
+    def _make(self, draws: np.ndarray, first: int) -> Batch:
+        """This rank's batch of the group that starts at number `first` of `draws`."""
         mine = first + self.rank * self.batch
-        key = mixed(mixed(self.seed % 2**64) ^ epoch)
-        packs = order[mine : mine + self.batch]
+        turns, packs = np.divmod(draws[mine : mine + self.batch], self._count)
+        key = mixed(self.seed % 2**64)  # with the turn, so that no two takes of a long document need be alike
+        keys = np.array([mixed(key ^ turn) for turn in turns.tolist()], np.uint64)
         ids, labels, positions, cu_seqlens, max_seqlen, targets = fill(
-            self._tokens, self._packs, packs, self.batch, self.context, self._pad, key
+            self._tokens, self._packs, packs, self.batch, self.context, self._pad, keys
         )
         ids, labels, positions, cu_seqlens = map(torch.from_numpy, (ids, labels, positions, cu_seqlens))
         return Batch(ids, labels, positions, cu_seqlens, max_seqlen, targets)
 
 
-def _check_sources(sources: Mapping[str, TokenCache], mix: Mapping[str, float]) -> None:
+def _check_sources(sources: Mapping[str, TokenCache]) -> None:
     if not sources:
         raise ValueError("sources: got none, takes at least one token cache")
     first = next(iter(sources.values()))
     for name, cache in sources.items():
-        if (cache.vocab_size, cache.pad_id, cache.ids.dtype) != (
-            first.vocab_size,
-            first.pad_id,
-            first.ids.dtype,
-        ):
+        mine = (cache.vocab_size, cache.pad_id, cache.ids.dtype)
+        if mine != (first.vocab_size, first.pad_id, first.ids.dtype):
             raise ValueError(
-                f"sources: {name} has {cache.vocab_size} pieces and pad id {cache.pad_id}, the first has "
-                f"{first.vocab_size} and {first.pad_id}; tokenise all with one tokenizer"
+                f"sources: {name} has {cache.vocab_size} pieces, pad id {cache.pad_id} and {cache.ids.dtype} ids, the "
+                f"first has {first.vocab_size}, {first.pad_id} and {first.ids.dtype}; tokenise all with one tokenizer"
             )
-    known = {key for name, cache in sources.items() for key in _keys(name, cache)}
-    for key, weight in mix.items():
-        if key not in known:
-            raise ValueError(f"mix: got {key!r}, takes names of {', '.join(sorted(known))}")
-        if isinstance(weight, bool) or not 0 <= weight <= 1000:
-            raise ValueError(f"mix: got {weight!r} for {key}, takes a number from 0 to 1000")
-
-
-def _keys(name: str, cache: TokenCache) -> list[str]:
-    return [*([name] if name else []), *cache.categories, *(f"{name}/{c}" for c in cache.categories if name)]
-
-
-def _by_weight(
-    sources: Mapping[str, TokenCache], mix: Mapping[str, float]
-) -> Iterator[tuple[float, np.ndarray, np.ndarray]]:
-    """(weight, start, tokens) of the documents of each weight; tokens count over all sources' files in a row."""
-    starts, lengths, weights, base = [], [], [], 0
-    for name, cache in sources.items():
-        starts.append(cache.offsets[:-1].astype(np.int64) + base)
-        lengths.append(cache.lengths)
-        # a category of one source before one of any, before the whole source
-        of_category = [
-            float(mix.get(f"{name}/{c}", mix.get(c, mix.get(name, 1.0)))) for c in cache.categories
-        ]
-        weights.append(np.array(of_category)[cache.category_of])
-        base += cache.tokens
-    start, tokens, weight = map(np.concatenate, (starts, lengths, weights))
-    values = np.unique(weight)
-    for value in values:
-        chosen = slice(None) if len(values) == 1 else weight == value
-        yield float(value), start[chosen], tokens[chosen]

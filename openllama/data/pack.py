@@ -21,7 +21,9 @@ class Packs(NamedTuple):
 
     source: np.ndarray  # int64 (pieces,), where the first token lies
     length: np.ndarray  # int32 (pieces,), inputs; the labels lie one token further
-    slack: np.ndarray  # int64 (pieces,), how much further on a sampled piece may start
+    slack: (
+        np.ndarray
+    )  # int64 (pieces,), how much further on a sampled piece may start; (0,) where none is sampled
     first: np.ndarray  # int64 (packs + 1,), first piece of each pack, and the end
 
 
@@ -72,7 +74,7 @@ def fill(
     batch: int,
     context: int,
     pad: int,
-    key: int,
+    keys: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, int]:
     """A batch of packs, flat; those missing to `batch` are all padding, and padding closes a pack as its own piece.
 
@@ -81,10 +83,10 @@ def fill(
         packed: what `pack` made.
         packs: int64, at most `batch` numbers of packs.
         pad: id of padding; its labels are IGNORED.
-        key: 64 bits that fix where sampled pieces start.
+        keys: uint64, of each of `packs`: fixes where its sampled pieces start.
 
     Returns:
         ids, labels: int64 (batch * context,); positions: int32, from 0 in each piece; cu_seqlens: int32 (pieces + 1,);
         the longest piece's tokens; the number of labels that count.
     """
-    return host().fill(tokens, *packed, packs, batch, context, pad, IGNORED, key)
+    return host().fill(tokens, *packed, packs, batch, context, pad, IGNORED, keys)

@@ -44,7 +44,9 @@ def ordered_map(
     if processes == 1:
         yield from (function(item, *shared) for item in work)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (function, shared))
+    context = get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(processes, context, _start, (function, shared, stop))
     waiting: deque[Future[Result]] = deque()
     with _no_main_module(), pool:
         try:
@@ -60,12 +62,21 @@ def ordered_map(
                 "processes"
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
+            pool.shutdown(cancel_futures=True)  # and waits: no worker may write once the caller goes on
 
 
-def _start(function: Callable[..., Any], shared: tuple[Any, ...]) -> None:
-    global _function, _shared
-    _function, _shared = function, shared
+_stop: Any = None  # in a worker, the event that `ordered_map` sets
+
+
+def stopping() -> bool:
+    """Whether nobody waits any more for what this worker is about; work that takes long asks now and then."""
+    return _stop is not None and _stop.is_set()
+
+
+def _start(function: Callable[..., Any], shared: tuple[Any, ...], stop: Any) -> None:
+    global _function, _shared, _stop
+    _function, _shared, _stop = function, shared, stop
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches all: the process that hands out work ends it

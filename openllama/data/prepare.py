@@ -1,36 +1,34 @@
-"""A source of text to training and held-out shards: read and written here, parsed and checked by other processes.
+"""A source of text to training and held-out shards: parts of it made side by side, then joined.
 
-Whatever completes a shard is noted in `.unfinished/journal.jsonl`, so that a run that was interrupted goes on from
-there, to the same bytes.
+All is written in `.unfinished` first. What is complete there is noted, so that a run that was interrupted goes on to the
+same bytes.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .documents import Damage, Fields, document
-from .journal import Journal, Split
-from .lines import Unreadable
+from openllama.files import goes_on_after_full_disk, read_json, sole_writer, write_json
+
+from .documents import Damage, Fields
+from .join import join
+from .journal import JOURNAL, TRAIN, VALID
 from .pool import ordered_map, process_count
-from .progress import bar
-from .shards import LINES_PER_SHARD, MANIFEST, ShardWriter, encode, reusable
-from .sources import PYTHON, START, Place, Record, Source, open_source
+from .progress import shared_bar
+from .shards import LINES_PER_SHARD, MANIFEST, differences, reusable
+from .sources import PYTHON, FileSource, Source, open_source
+from .unit import Made, Options, Unit, make
 
 UNFINISHED = ".unfinished"  # shards are made there and renamed when all are complete
-# Handed to a process at once: large enough to hide the hand-over, small enough that memory stays flat.
-BATCH_BYTES, BATCH_RECORDS = 1 << 20, 1024
-BYTES_PER_PROCESS = (
-    32 << 20
-)  # of the source: a process takes as long to start as it needs for about this much
+BEGUN = "begun.json"  # in it: the settings, and what the source consists of
+# Of the source: a process takes as long to start as it needs for about this much.
+BYTES_PER_PROCESS = 32 << 20
+VERSION = 2  # of what lies in the unfinished folder
 
 
 class Corpus(NamedTuple):
@@ -38,41 +36,17 @@ class Corpus(NamedTuple):
 
     fields: Fields
     lines: int
+    fewer: str = ""  # why a whole download may hold less
 
 
 CORPORA = {
-    "pile": Corpus(Fields(("text",), "meta.pile_set_name"), 210_607_728),
+    "pile": Corpus(
+        Fields(("text",), "meta.pile_set_name"),
+        210_607_728,
+        "monology/pile-uncopyrighted, from which train/download_pile.sh takes it, is the Pile without Books3 and other parts",
+    ),
     "wudao": Corpus(Fields(("title", "content"), "dataType"), 59_132_213),
 }
-
-
-class Prepared(NamedTuple):
-    """What a process makes of a record: a shard's line, or why there is none."""
-
-    place: Place
-    line: bytes | Unreadable
-    category: str
-    text_bytes: int
-    fraction: float  # which decides between training and held-out
-    file: str
-
-
-@dataclass
-class Counts:
-    """How far a run has come: all of it is restored when it goes on."""
-
-    damage: Damage
-    place: Place = START
-    documents: int = 0
-    text_bytes: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "damage": self.damage.to_dict()}
-
-
-def fraction(text: str, salt: str = "") -> float:
-    """A number in [0, 1) of the text alone: splits and samples by it are stable when a corpus grows."""
-    return int.from_bytes(hashlib.sha256(f"{salt}{text}".encode()).digest()[:6], "big") / 2**48
 
 
 def prepare(
@@ -100,13 +74,18 @@ def prepare(
         on_damage: "skip" counts what cannot be used, with examples, in the manifest; "raise" stops at the first.
 
     Returns:
-        {"reused", "train", "valid" (manifests; valid is None at share 0), "documents", "text_bytes", "seconds"}.
+        {"reused", "train", "valid" (manifests; valid is None at share 0), "documents", "text_bytes", "passed_over" (files
+        of the source by why), "rate" (bytes of text a second of this run; None where nothing was left to do)}.
     """
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes: got {max_bytes}, takes a whole number of at least 1, or None for all")
     if not 0 <= valid_share < 1:
         raise ValueError(f"valid_share: got {valid_share}, takes a number from 0 to below 1")
-    opened, out, start = open_source(source, fields), Path(out), time.perf_counter()
+    opened, out = open_source(source, fields), Path(out)
+    if isinstance(opened, FileSource) and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(
+            f"out: {out} lies in the source {source}, where a later run would read it as text; name another folder"
+        )
     settings = {
         "source": opened.name,
         "source_bytes": opened.size,
@@ -119,21 +98,22 @@ def prepare(
         "on_damage": "skip" if opened.name == PYTHON else on_damage,
         "lines_per_shard": lines_per_shard,
     }
-    splits = ["train", "valid"] if valid_share else ["train"]
-    manifests = _complete(out, splits, settings)
-    if not (reused := bool(manifests)):
-        work = min(size for size in (max_bytes, opened.size, 1 << 62) if size is not None)
-        processes = process_count(processes, work, BYTES_PER_PROCESS)
-        _write(opened, fields, out, splits, settings, processes, progress)
-        manifests = _complete(out, splits, settings)
+    splits = [TRAIN, VALID] if valid_share else [TRAIN]
+    options = Options(fields, splits, max_bytes, valid_share, settings["on_damage"], lines_per_shard)
+    rate = None
+    with sole_writer(out), goes_on_after_full_disk(out):
+        if not (manifests := _complete(out, splits, settings)):
+            rate = _write(opened, out, settings, options, processes, progress)
+            manifests = _complete(out, splits, settings)
     made = list(manifests.values())
     return {
-        "reused": reused,
-        "train": manifests["train"],
-        "valid": manifests.get("valid"),
+        "reused": rate is None,
+        "train": manifests[TRAIN],
+        "valid": manifests.get(VALID),
         "documents": sum(m["lines"] for m in made),
         "text_bytes": sum(m["text_bytes"] for m in made),
-        "seconds": time.perf_counter() - start,
+        "passed_over": opened.passed_over,
+        "rate": rate,
     }
 
 
@@ -157,125 +137,77 @@ def _complete(out: Path, splits: list[str], settings: dict[str, Any]) -> dict[st
 
 def _write(
     source: Source,
-    fields: Fields,
     out: Path,
-    splits: list[str],
     settings: dict[str, Any],
-    processes: int,
+    options: Options,
+    processes: int | None,
     progress: bool,
-) -> None:
-    folder = out / UNFINISHED
-    for split in splits:  # an older result that cannot be reused is an error before any work
+) -> float:
+    """Bytes of text a second."""
+    folder, limit = out / UNFINISHED, options.max_bytes
+    for split in options.splits:  # an older result that cannot be reused is an error before any work
         reusable(out / split, settings | {"split": split})
-    journal = Journal(folder, settings, splits)
+    processes = process_count(processes, source.size or 0, BYTES_PER_PROCESS)
+    sources = [source] if limit else source.units()  # where a limit cuts off is only known in order
+    units = [Unit(part, folder / f"unit-{i:05d}") for i, part in enumerate(sources)]
+    _begin(folder, settings, source.listing())
+    start = time.perf_counter()
     try:
-        _fill(source, fields, folder, journal, settings, processes, progress)
+        with shared_bar(f"reading {source.name}", limit or source.size, progress) as read:
+            made = list(ordered_map(make, units, min(processes, len(units)), (options, read)))
     except BaseException:
-        if not journal.path.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # nothing in it that a later run could use
+        if not any(folder.glob(f"*/{JOURNAL}")):
+            shutil.rmtree(folder)  # nothing in it that a later run could use
         raise
+    _check_not_empty(source, out, made, options)
+    join(folder, settings, options, units, made, _damage(made), processes)
+    return sum(m.counts["text_bytes"] - m.before for m in made) / (time.perf_counter() - start)
 
 
-def _fill(
-    source: Source,
-    fields: Fields,
-    folder: Path,
-    journal: Journal,
-    settings: dict[str, Any],
-    processes: int,
-    progress: bool,
-) -> None:
-    limit, share = settings["max_bytes"], settings["valid_share"]
-    counts = _restore(journal.splits, settings["on_damage"])
-    with ExitStack() as stack:
-        advance = stack.enter_context(bar(f"reading {source.name}", limit or source.size, progress))
-        advance(counts.text_bytes if limit else 0)
-        writers = {
-            name: stack.enter_context(
-                ShardWriter(
-                    folder / name,
-                    settings | {"split": name},
-                    settings["lines_per_shard"],
-                    counts.damage,
-                    split.shards,
-                    processes,
-                )
-            )
-            for name, split in journal.splits.items()
-        }
-        records = source.records(counts.place, (lambda _: None) if limit else advance)
-        results = ordered_map(_prepare, _batches(records), processes, (fields,))
-        stack.callback(results.close)
-        for made in (made for batch in results for made in batch):
-            counts.place = made.place
-            if isinstance(made.line, Unreadable):
-                counts.damage.note(made.file, made.place[1], made.line)
-                continue
-            if limit is not None and counts.text_bytes + made.text_bytes > limit:
-                break
-            counts.documents, counts.text_bytes = counts.documents + 1, counts.text_bytes + made.text_bytes
-            name = "valid" if made.fraction < share else "train"
-            writer, complete = writers[name], journal.splits[name].place
-            if made.place > complete and writer.write_line(made.line, made.category, made.text_bytes):
-                journal.add(name, writer.shards[-1], counts.to_dict())
-            advance(made.text_bytes if limit else 0)
-        _check_not_empty(source, folder, writers, counts, share)
-
-
-def _restore(splits: dict[str, Split], on_damage: str) -> Counts:
-    """The counts at the earliest place from which some split still lacks documents."""
-    first = min(splits.values(), key=lambda split: split.place)
-    if first.reached is None:
-        return Counts(Damage(on_damage))
-    damage = Damage(on_damage, **copy.deepcopy(first.reached["damage"]))  # the journal's stays as it is
-    return Counts(**{**first.reached, "damage": damage, "place": first.place})
-
-
-def _check_not_empty(
-    source: Source,
-    folder: Path,
-    writers: dict[str, ShardWriter],
-    counts: Counts,
-    share: float,
-) -> None:
-    if not counts.documents:
-        skipped = ", ".join(f"{n:,} x {reason}" for reason, n in sorted(counts.damage.counts.items()))
+def _begin(folder: Path, settings: dict[str, Any], listing: str | None) -> None:
+    """Notes what is being made, or checks that an interrupted run made the same."""
+    now = {"version": VERSION, "settings": settings, "listing": listing}
+    if not (folder / BEGUN).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_json(folder / BEGUN, now)
+        return
+    begun = read_json(folder / BEGUN)
+    if begun.get("version") != VERSION:
+        raise ValueError(f"{folder}: an interrupted run of another release; remove the folder")
+    if what := differences(begun["settings"], settings):
         raise ValueError(
-            f"{source.name}: no document was taken of it (skipped: {skipped or 'none'}); "
-            "give a source with text, other keys, or a larger max_bytes"
+            f"{folder}: an interrupted run had other settings ({what}); go on with those, or remove the folder"
         )
-    if empty := [name for name, writer in writers.items() if writer.empty]:
+    if begun != now:
         raise ValueError(
-            f"{folder.parent / empty[0]}: none of the source's {counts.documents:,} documents fell into it at "
-            f"valid_share={share} (a document is chosen by its hash); give more documents, another valid_share, or 0 to "
-            "hold out none"
+            f"{folder}: the files of {settings['source']} are others than when the run was interrupted; remove the "
+            "folder to start anew"
         )
 
 
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    size = 0
-    for record in records:
-        batch.append(record)
-        size += len(record.data) if isinstance(record.data, (bytes, str)) else 1 << 12  # a row: some pages
-        if size >= BATCH_BYTES or len(batch) == BATCH_RECORDS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _check_not_empty(source: Source, out: Path, made: Sequence[Made], options: Options) -> None:
+    documents, damage = sum(m.counts["documents"] for m in made), _damage(made)
+    if not documents:
+        skipped = ", ".join(f"{n:,} x {reason}" for reason, n in sorted(damage.counts.items()))
+        what = (
+            f"{source.name}: no document was taken of it (skipped: {skipped or 'none'}); give a source with text, other "
+            "keys, or a larger max_bytes"
+        )
+    elif empty := [split for split in options.splits if not any(m.shards[split] for m in made)]:
+        what = (
+            f"{out / empty[0]}: none of the source's {documents:,} documents fell into it at valid_share="
+            f"{options.valid_share} (a document is chosen by its hash); give more documents, another valid_share, or 0 "
+            "to hold out none"
+        )
+    else:
+        return
+    shutil.rmtree(out / UNFINISHED)
+    raise ValueError(what)
 
 
-def _prepare(batch: Sequence[Record], fields: Fields) -> list[Prepared]:
-    return [_prepare_one(record, fields) for record in batch]
-
-
-def _prepare_one(record: Record, fields: Fields) -> Prepared:
-    number, path = record.place[1], record.file
-    try:
-        made = document(record.data, fields, record.category, f"{path}:{number}" if number else path)
-    except Unreadable as why:
-        return Prepared(record.place, why, "", 0, 0.0, path)
-    text = made["text"]
-    return Prepared(
-        record.place, encode(made), made["meta"]["category"], len(text.encode()), fraction(text), path
-    )
+def _damage(made: Sequence[Made]) -> Damage:
+    total = Damage()
+    for m in made:
+        total.add(**m.counts["damage"])
+    return total

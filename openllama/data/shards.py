@@ -11,15 +11,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zstandard
 
 from openllama.files import check_keys, file_written_aside, read_json, sha256_of, write_json
 
 from .documents import Damage, DamagedData, Document, Fields, document, parse
-from .formats import Data, json_lines
-from .lines import Unreadable
+from .formats import json_lines
+from .lines import Advance, Unreadable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -27,31 +30,26 @@ LINES_PER_SHARD = 16384
 ZSTD_LEVEL = 3  # zstd's default; decompression speed hardly depends on it
 
 
-class ShardWriter:
-    """Writes documents to `folder`; used as a context manager, which on a clean exit writes the manifest.
+class PartWriter:
+    """Writes lines to part after part in `folder`; a context manager: an exit through an error leaves no half part.
 
-    `settings` is stored in the manifest and decides whether a later run may reuse the folder. With `finished`, entries
-    of parts that an interrupted run completed, it goes on after those. An exit without any document raises ValueError;
-    an exit through an error leaves no half-written part and no manifest.
+    With `finished`, entries of parts that an interrupted run completed, it goes on after those.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        settings: dict[str, Any],
         lines_per_shard: int = LINES_PER_SHARD,
-        damage: Damage | None = None,
         finished: Sequence[dict[str, Any]] = (),
-        processes: int = 1,
     ) -> None:
         if lines_per_shard < 1:
             raise ValueError(f"lines_per_shard: got {lines_per_shard}, takes a whole number of at least 1")
-        self.folder, self.settings, self.damage = Path(folder), settings, damage or Damage()
-        self.lines_per_shard, self._processes = lines_per_shard, processes
-        self.manifest: dict[str, Any] = {}
-        self.shards = list(finished)
-        self._lines = 0
-        self._part = ExitStack()  # holds the part being written
+        self.folder, self.lines_per_shard = Path(folder), lines_per_shard
+        self.shards = list(finished)  # entries of the parts that are complete
+        self.open: list[
+            tuple[str, int]
+        ] = []  # category and bytes of text of each line in the part being written
+        self._part = ExitStack()  # holds that part
         known = {MANIFEST, *(shard["name"] for shard in self.shards)}
         if self.folder.exists() and any(p.name not in known for p in self.folder.iterdir()):
             raise FileExistsError(
@@ -61,7 +59,7 @@ class ShardWriter:
 
     @property
     def empty(self) -> bool:
-        return not self.shards and not self._lines
+        return not self.shards and not self.open
 
     def write(self, document: Document) -> bool:
         """Whether this document completed a part."""
@@ -69,28 +67,27 @@ class ShardWriter:
 
     def write_line(self, line: bytes, category: str, text_bytes: int) -> bool:
         """`write` of what `encode` gave, for a caller that has the line already."""
-        if not self._lines:
-            self._open()
+        if not self.open:
+            self._begin()
         self._put(self._zstd.compress(line))
-        self._lines += 1
-        counts = self._categories.setdefault(category, [0, 0])
-        counts[0] += 1
-        counts[1] += text_bytes
-        if self._lines < self.lines_per_shard:
+        self.open.append((category, text_bytes))
+        if len(self.open) < self.lines_per_shard:
             return False
         self._close()
         return True
 
-    def _open(self) -> None:
-        self._name = f"part-{len(self.shards):05d}.jsonl.zst"
+    def finish(self) -> None:
+        """Completes the part being written, which may be a shorter one."""
+        if self.open:
+            with self._part:  # so that an error of the last flush removes the part too
+                self._close()
+
+    def _begin(self) -> None:
+        self._name = part_name(len(self.shards))
         self._file = self._part.enter_context(file_written_aside(self.folder / self._name))
-        # threads: beside the caller, and the bytes are the same for any number but 0
-        compressor = zstandard.ZstdCompressor(
-            level=ZSTD_LEVEL, write_checksum=True, threads=max(1, self._processes // 2)
-        )
-        self._zstd = compressor.compressobj()
+        # threads=1: beside the caller
+        self._zstd = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True, threads=1).compressobj()
         self._sha, self._bytes = hashlib.sha256(), 0
-        self._categories: dict[str, list[int]] = {}
 
     def _put(self, data: bytes) -> None:
         self._file.write(data)
@@ -100,29 +97,54 @@ class ShardWriter:
     def _close(self) -> None:
         self._put(self._zstd.flush())
         self._part.close()
+        categories: dict[str, dict[str, int]] = {}
+        for category, text_bytes in self.open:
+            counts = categories.setdefault(category, {"lines": 0, "text_bytes": 0})
+            counts["lines"] += 1
+            counts["text_bytes"] += text_bytes
         entry = {
             "name": self._name,
-            "lines": self._lines,
+            "lines": len(self.open),
             "bytes": self._bytes,
             "sha256": self._sha.hexdigest(),
-            "categories": {
-                name: {"lines": lines, "text_bytes": size}
-                for name, (lines, size) in sorted(self._categories.items())
-            },
+            "categories": dict(sorted(categories.items())),
         }
         self.shards.append(entry)
-        self._lines = 0
+        self.open = []
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._part.__exit__(kind, error, trace)
+        else:
+            self.finish()
+
+
+class ShardWriter(PartWriter):
+    """Writes documents to `folder`; used as a context manager, which on a clean exit writes the manifest.
+
+    `settings` is stored in the manifest and decides whether a later run may reuse the folder. An exit without any
+    document raises ValueError; an exit through an error leaves no half-written part and no manifest.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: dict[str, Any],
+        lines_per_shard: int = LINES_PER_SHARD,
+        damage: Damage | None = None,
+        finished: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        super().__init__(folder, lines_per_shard, finished)
+        self.settings, self.damage = settings, damage or Damage()
+        self.manifest: dict[str, Any] = {}
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        super().__exit__(kind, error, trace)
+        if error is not None:
             return
-        if self._lines:
-            with self._part:  # so that an error of the last flush removes the part too
-                self._close()
         if not self.shards:
             raise ValueError(f"{self.folder}: the corpus is empty, takes at least one document")
         categories = _add_up(shard["categories"] for shard in self.shards)
@@ -136,6 +158,11 @@ class ShardWriter:
             "settings": self.settings,
         }
         write_json(self.folder / MANIFEST, self.manifest)
+
+
+def part_name(number: int) -> str:
+    """The file of a shard, by its number from 0."""
+    return f"part-{number:05d}.jsonl.zst"
 
 
 def encode(document: Document) -> bytes:
@@ -176,39 +203,46 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def read_shards(folder: str | Path, shards: Sequence[str] | None = None) -> Iterator[Document]:
-    """The documents of a shard folder, or of some of its `shards`, in order.
+def read_shards(folder: str | Path) -> Iterator[Document]:
+    """The documents of a shard folder, in order.
 
     The manifest is checked at once; damage raises DamagedData naming its file and line.
     """
     entries = read_manifest(folder)["shards"]
-    chosen = [entry for entry in entries if shards is None or entry["name"] in shards]
-    return (document for entry in chosen for document in read_shard(Path(folder), entry))
+    return (document for entry in entries for document in read_shard(Path(folder), entry))
 
 
-def read_shard(folder: Path, entry: dict[str, Any]) -> Iterator[Document]:
-    """The documents of one shard, by its entry in the manifest."""
-    path, number = folder / entry["name"], 0
-    for number, data in json_lines(path, lambda _: None):
-        try:
-            yield _written(data)
-        except Unreadable as why:
-            raise DamagedData(f"{path}, line {number}: {why}; make the folder again") from None
-    if number != entry["lines"]:
-        raise DamagedData(
-            f"{path}: ends after line {number}, {MANIFEST} says {entry['lines']}; make the folder again"
-        )
+def read_shard(folder: Path, entry: dict[str, Any], advance: Advance = lambda _: None) -> Iterator[Document]:
+    """The documents of one shard, by its entry in the manifest; `advance` is told the bytes read of its file."""
+    path = folder / entry["name"]
+    return (written(path, number, line) for number, line in shard_lines(path, entry["lines"], advance))
+
+
+def shard_lines(path: Path, count: int, advance: Advance = lambda _: None) -> Iterator[tuple[int, bytes]]:
+    """The `count` lines of a shard with their numbers, which `written` reads, perhaps in another process."""
+    number = 0
+    for number, line in json_lines(path, advance):
+        if not isinstance(line, bytes):
+            raise _damaged(path, number, line)
+        yield number, line
+    if number != count:
+        raise DamagedData(f"{path}: ends after line {number}, {MANIFEST} says {count}; make the folder again")
 
 
 _FIELDS = Fields(("text",), "meta.category")
 
 
-def _written(data: Data) -> Document:
-    """The document of a line that `encode` made."""
-    if not isinstance(data, bytes):
-        raise data if isinstance(data, Unreadable) else TypeError("takes lines")
-    document(record := parse(data), _FIELDS, "", "")  # raises where something is missing
+def written(path: Path, number: int, line: bytes) -> Document:
+    """The document of a line that `encode` made. Raises DamagedData."""
+    try:
+        document(record := parse(line), _FIELDS, "", "")  # raises where something is missing
+    except Unreadable as why:
+        raise _damaged(path, number, why) from None
     return record
+
+
+def _damaged(path: Path, number: int, why: object) -> DamagedData:
+    return DamagedData(f"{path}, line {number}: {why}; make the folder again")
 
 
 def fingerprint(folder: str | Path) -> str:

@@ -5,19 +5,26 @@ A source is a stream of records in a fixed order, each with its place (file, num
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 from .documents import Fields
-from .formats import SUFFIXES, Data, records, whole_text
-from .lines import Advance, Unreadable
+from .formats import SUFFIXES, TEXT, Data, records, whole_text
+from .lines import Advance, Unreadable, has_ending
 
 ENDS = 1 << 16  # bytes of each end of a file that its fingerprint takes
+# Bytes of the files that make a unit, at least and at most; between them a corpus has 64. So all cores have work, while the
+# shorter shards at the end of units, which one process joins, are a small part of the whole.
+UNIT_BYTES = (64 << 20, 256 << 20)
 HUB, CODE, PYTHON = "hf:", "code:", "python"
 Place = tuple[int, int]  # file, number of the record in it; both grow
 START: Place = (-1, 0)
@@ -51,6 +58,15 @@ class Source(ABC):
     name: str
     size: int | None = None  # bytes on the disk, where that is known
     fingerprint: str | None = None  # changes with the content; None: a change goes unnoticed
+    passed_over: Mapping[str, int] = MappingProxyType({})  # files that are none of it, by ending or kind
+
+    def listing(self) -> str | None:
+        """Changes with what the source consists of: a run that was interrupted can only go on in the same files."""
+        return self.fingerprint
+
+    def units(self) -> list[Source]:
+        """Parts of it in order, for processes to read side by side; the same however many there are."""
+        return [self]
 
     @abstractmethod
     def records(self, after: Place, advance: Advance) -> Iterator[Record]:
@@ -85,13 +101,20 @@ class FileSource(Source):
             f"takes a file ending in {', '.join(SUFFIXES)}, a folder of those, python, code:FOLDER or hf:NAME"
         )
         if path.is_dir():
-            self._paths = list(_walk(path, SUFFIXES))
+            self.passed_over = Counter[str]()
+            self._paths = list(_walk(path, SUFFIXES, passed_over=self.passed_over))
             self._root = path
             if not self._paths:
-                raise ValueError(f"source: folder {path} holds no file ending in {', '.join(SUFFIXES)}")
+                found = (
+                    ", ".join(f"{n} x {kind}" for kind, n in sorted(self.passed_over.items())) or "nothing"
+                )
+                raise ValueError(
+                    f"source: folder {path} holds no file ending in {', '.join(SUFFIXES)}, but {found}; name another, "
+                    "or convert the files"
+                )
         elif not path.exists():
             raise FileNotFoundError(f"source: {path} does not exist; {takes}")
-        elif not path.name.endswith(SUFFIXES):
+        elif not has_ending(path, SUFFIXES):
             raise ValueError(f"source: got {path}, {takes}")
         else:
             self._paths, self._root = [path], path.parent
@@ -104,18 +127,33 @@ class FileSource(Source):
         digest = hashlib.sha256()
         for path, size in zip(self._paths, self._sizes):
             digest.update(os.fsencode(path.relative_to(self._root)) + f"\0{size}\0".encode())
-            with path.open("rb") as file:
+            with suppress(PermissionError), path.open("rb") as file:  # reading it will name it
                 digest.update(file.read(ENDS))
                 file.seek(max(ENDS, size - ENDS))
                 digest.update(file.read(ENDS))
         return digest.hexdigest()[:16]
+
+    def units(self) -> list[Source]:
+        """Files in a row, of some UNIT_BYTES."""
+        least, most = UNIT_BYTES
+        enough = min(max(sum(self._sizes) // 64, least), most)
+        units: list[Source] = []
+        first = size = 0
+        for end, more in enumerate(self._sizes, 1):
+            size += more
+            if size >= enough or end == len(self._sizes):
+                unit = copy.copy(self)
+                unit._paths, unit._sizes, unit.size = self._paths[first:end], self._sizes[first:end], size
+                units.append(unit)
+                first, size = end, 0
+        return units
 
     def records(self, after: Place, advance: Advance) -> Iterator[Record]:
         for index, path in enumerate(self._paths):
             if index < after[0]:
                 advance(self._sizes[index])
                 continue
-            category = "txt" if path.suffix == ".txt" else _printable(path.name.split(".json")[0])
+            category = _printable(_category(path.name))
             file = _printable(str(path.relative_to(self._root)))
             number = after[1] if index == after[0] else 0
             for n, data in records(path, number, self._fields.columns, advance):
@@ -140,10 +178,13 @@ class CodeSource(Source):
         if not self._paths:
             raise ValueError(f"source: {name} holds no source file ({', '.join(suffixes)})")
         if name != PYTHON:  # there, a package that is installed must not invalidate what was made
-            listed = "".join(
-                f"{root.resolve()}\0{p.relative_to(root)}\0{p.stat().st_size}\n" for _, root, p in self._paths
-            )
-            self.fingerprint = hashlib.sha256(os.fsencode(listed)).hexdigest()[:16]
+            self.fingerprint = self.listing()
+
+    def listing(self) -> str:
+        listed = "".join(
+            f"{root.resolve()}\0{p.relative_to(root)}\0{p.stat().st_size}\n" for _, root, p in self._paths
+        )
+        return hashlib.sha256(os.fsencode(listed)).hexdigest()[:16]
 
     def records(self, after: Place, advance: Advance) -> Iterator[Record]:
         seen: set[bytes] = set()
@@ -157,14 +198,17 @@ class CodeSource(Source):
                 if digest:
                     seen.add(digest)
                 if (index, 0) > after:
-                    yield Record((index, 0), data, category or LANGUAGES[path.suffix], file)
+                    yield Record((index, 0), data, category or LANGUAGES[path.suffix.lower()], file)
 
 
 def python_source() -> CodeSource:
     """The Python source of the running interpreter: its standard library, then its installed packages."""
     paths = sysconfig.get_paths()
     packages = dict.fromkeys([paths["purelib"], paths["platlib"]])  # the same folder on most systems
-    roots = [("stdlib", Path(paths["stdlib"])), *(("packages", Path(p)) for p in packages)]
+    roots = [
+        ("stdlib", Path(paths["stdlib"])),
+        *(("packages", Path(p)) for p in packages if Path(p).is_dir()),
+    ]
     return CodeSource(PYTHON, roots, ("site-packages", "dist-packages"))
 
 
@@ -177,16 +221,23 @@ class HubSource(Source):
         self._path, _, config = spec.partition(",")
         self._config, self._split = config or None, split or "train"
 
-    def records(self, after: Place, advance: Advance) -> Iterator[Record]:
-        from datasets import load_dataset
+    def listing(self) -> str:
+        """Of a folder, its files and their times; of the hub, the commit."""
+        return self._opened(lambda builder: str(builder.hash))
+
+    def _opened(self, use: Callable[[Any], Any]) -> Any:
+        from datasets import load_dataset_builder
 
         try:
-            rows = load_dataset(self._path, self._config, split=self._split, streaming=True)
+            return use(load_dataset_builder(self._path, self._config))
         except Exception as e:  # of the hub, of the network, of the builder: each has its own
             raise ValueError(
                 f"source: {self.name} cannot be opened ({type(e).__name__}: {e}); takes hf:NAME[,CONFIG][:SPLIT] of "
                 "a HuggingFace dataset, or of a local folder of data files"
             ) from None
+
+    def records(self, after: Place, advance: Advance) -> Iterator[Record]:
+        rows = self._opened(lambda builder: builder.as_streaming_dataset(self._split))
         done = after[1] if after[0] == 0 else 0
         number, category = done, Path(self._path).name
         stream = iter(rows.skip(done))
@@ -204,15 +255,52 @@ class HubSource(Source):
             yield Record((0, number), row, category, self.name)
 
 
+def _category(name: str) -> str:
+    """Of a file's documents: its name without the ending; one for all texts, each of which is a file."""
+    return "txt" if has_ending(name, TEXT) else name[: -len(next(s for s in SUFFIXES if has_ending(name, s)))]
+
+
 def _printable(name: str) -> str:
     """A file's name as text: bytes in it that are not UTF-8 become U+FFFD."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _walk(root: Path, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
+def _walk(
+    root: Path, endings: tuple[str, ...], skip: tuple[str, ...] = (), passed_over: Counter[str] | None = None
+) -> Iterator[Path]:
+    """The files below `root` with one of `endings`, in sorted order; the others are counted, hidden folders are not.
+
+    A link to a folder is followed unless it leads to one that was there before. Raises OSError naming a folder that
+    cannot be read: without it, part of the source would be missing unseen.
+    """
+    seen, passed_over = set(), Counter() if passed_over is None else passed_over
+    for folder, subfolders, names in os.walk(root, onerror=_refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(d for d in subfolders if d not in skip and not d.startswith("."))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.endswith(suffixes) and path.is_file():  # a named pipe would be waited for without end
+        for path in (Path(folder, name) for name in sorted(names)):
+            if why := _why_not(path, endings):
+                passed_over[why] += 1
+            else:
                 yield path
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise OSError(
+        error.errno,
+        f"source: folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it out of the source",
+    )
+
+
+def _why_not(path: Path, endings: tuple[str, ...]) -> str | None:
+    """What a file is called among those passed over; None if it is to be read."""
+    if path.name.startswith("."):
+        return "hidden file"  # such as what rsync has copied in part
+    if not path.exists():
+        return "broken link"
+    if not path.is_file():
+        return "not a regular file"  # a named pipe would be waited for without end
+    return None if has_ending(path, endings) else path.suffix.lower() or "no ending"

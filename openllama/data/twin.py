@@ -11,13 +11,12 @@ def pack(
     start: np.ndarray, tokens: np.ndarray, context: int, long: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     document, offset, length = cut(tokens, context, long).T
-    slack = (
-        np.maximum(tokens[document] - 1 - context, 0) if long == "sample" else np.zeros(len(length), np.int64)
-    )
+    slack = np.maximum(tokens[document] - 1 - context, 0) if long == "sample" else None
     bins = best_fit(length, context)
     order = np.argsort(bins, kind="stable")  # within a pack, pieces keep the corpus's order
     first = np.concatenate([[0], np.cumsum(np.bincount(bins))]).astype(np.int64)
-    return (start[document] + offset)[order], length[order].astype(np.int32), slack[order], first
+    slack = np.empty(0, np.int64) if slack is None else slack[order]
+    return (start[document] + offset)[order], length[order].astype(np.int32), slack, first
 
 
 def cut(tokens: np.ndarray, context: int, long: str) -> np.ndarray:
@@ -80,7 +79,7 @@ def fill(
     context: int,
     pad: int,
     ignored: int,
-    key: int,
+    keys: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, int]:
     ids = np.full(batch * context, pad, np.int64)
     labels = np.full(batch * context, ignored, np.int64)
@@ -90,8 +89,8 @@ def fill(
         pieces = range(int(first[packs[b]]), int(first[packs[b] + 1])) if b < len(packs) else ()
         for i in pieces:
             start, size, at = int(source[i]), int(length[i]), borders[-1]
-            if slack[i]:
-                start += mixed(key ^ mixed(i)) % (int(slack[i]) + 1)
+            if len(slack) and slack[i]:
+                start += mixed(int(keys[b]) ^ mixed(i)) % (int(slack[i]) + 1)
             file = int(np.searchsorted(base, start, side="right")) - 1
             run = tokens[file][start - base[file] : start - base[file] + size + 1]
             ids[at : at + size], labels[at : at + size] = run[:-1], run[1:]

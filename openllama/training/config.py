@@ -38,6 +38,7 @@ class TrainConfig:
     mix: dict[str, float] = field(
         default_factory=dict
     )  # how often an epoch takes a source or category (data/loader.py)
+    processes: int | None = None  # that tokenise, before the first step; default: one per core
     batch: int = 2  # packs in a micro-batch; lower it when memory runs out, and raise accumulation
     accumulation: int = 12  # micro-batches in an optimizer step
 
@@ -71,6 +72,10 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a whole number of at least 1")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(
+                f"processes: got {self.processes}, takes a whole number of at least 1, or null to choose"
+            )
         for name in ("lr", "eps", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}, takes a finite number above 0")

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from openllama import devices
 from openllama.config import ModelConfig
-from openllama.data.cache import TokenCache, tokenize
+from openllama.data.cache import TokenCache
 from openllama.data.loader import PackedLoader
-from openllama.data.shards import read_manifest
+from openllama.files import sole_writer
 from openllama.kernels import backend
 from openllama.load import load_model
 from openllama.model import Llama, flops_per_token
@@ -30,8 +31,9 @@ from openllama.optim import AdamW, decay_groups
 from openllama.tokenizer import Tokenizer
 from openllama.training import checkpoint
 from openllama.training.checkpoint import check_shape
-from openllama.training.config import TrainConfig, by_name
+from openllama.training.config import TrainConfig
 from openllama.training.faults import StopSignal
+from openllama.training.inputs import Split, check_inputs, packed_loader, token_caches
 from openllama.training.monitor import Monitor, read_metrics
 from openllama.training.ranks import TIMEOUT, Ranks
 from openllama.training.step import (
@@ -54,12 +56,10 @@ class Trainer:
         self.accelerator = _accelerator(config)
         self.device, self.ranks = self.accelerator.device, Ranks(self.accelerator)
         self.tokenizer = Tokenizer(config.tokenizer)
-        self._check_inputs()
-        self.sources = self._tokens(config.shards, "train")
-        self.valid_sources = self._tokens(config.valid_shards, "valid")
+        check_inputs(config, self.tokenizer)
+        self.sources, self.loader = self._loader("train")
+        self.valid_sources, self.valid_loader = self._loader("valid") if config.valid_shards else ({}, None)
         self._build_model()
-        self.loader = self._loader(self.sources, config.mix, config.long)
-        self.valid_loader = self._loader(self.valid_sources) if self.valid_sources else None
         self.step = 0
         self.tokens = 0  # real tokens learned from, all processes
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)  # every loss and norm so far
@@ -67,34 +67,12 @@ class Trainer:
 
     # ------------------------------------------------------------ setting up
 
-    def _check_inputs(self) -> None:
-        """What tokenising, which may take hours, does not need but training does."""
-        c, shape = self.config, self.config.model_config()
-        if self.tokenizer.vocab_size > shape.vocab_size:
-            raise ValueError(
-                f"{c.tokenizer}: its vocabulary of {self.tokenizer.vocab_size} is over the model's vocab_size="
-                f"{shape.vocab_size}; set model.vocab_size={self.tokenizer.vocab_size} or train a smaller tokenizer"
-            )
-        for folder in (*by_name(c.shards).values(), *by_name(c.valid_shards).values()):
-            read_manifest(folder)
-
-    def _tokens(self, shards: str | dict[str, str] | None, split: str) -> dict[str, TokenCache]:
-        """The token cache of each source."""
-        with self.accelerator.main_process_first():  # rank 0 tokenises, the others find the caches
-            return {
-                name: tokenize(
-                    folder, self.tokenizer, self.out / "tokens" / split / name, progress=self.ranks.is_main
-                )
-                for name, folder in by_name(shards).items()
-            }
-
-    def _loader(
-        self, sources: dict[str, TokenCache], mix: dict[str, float] | None = None, long: str = "split"
-    ) -> PackedLoader:
+    def _loader(self, split: Split) -> tuple[dict[str, TokenCache], PackedLoader]:
+        """A split's token caches, and the loader of this process."""
         c = self.config
-        return PackedLoader(
-            sources, c.context, c.batch, c.seed, self.ranks.rank, self.ranks.world, mix=mix, long=long
-        )
+        with self.accelerator.main_process_first():  # rank 0 tokenises and packs, the others open its files
+            sources = token_caches(c, self.tokenizer, split, progress=self.ranks.is_main)
+            return sources, packed_loader(c, sources, split, c.batch, self.ranks.rank, self.ranks.world)
 
     def _build_model(self) -> None:
         c, shape = self.config, self.config.model_config()
@@ -142,6 +120,10 @@ class Trainer:
     # ------------------------------------------------------------ training
 
     def run(self) -> int:
+        with sole_writer(self.out) if self.ranks.is_main else nullcontext():
+            return self._run()
+
+    def _run(self) -> int:
         c = self.config
         self.monitor = Monitor(self.out / "metrics.jsonl", self.step, c.steps, quiet=not self.ranks.is_main)
         try:

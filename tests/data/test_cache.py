@@ -16,6 +16,7 @@ from openllama.data import cache as cache_module
 from openllama.data.cache import TokenCache, tokenize
 from openllama.data.documents import DamagedData
 from openllama.data.shards import ShardWriter
+from openllama.files import sole_writer
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_each_document_has_its_category(shards_of, small, tmp_path):
 
 
 def test_the_process_count_does_not_matter(build, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "BATCH_CHARACTERS", 5000)  # many batches
+    monkeypatch.setattr(cache_module, "BATCH_BYTES", 5000)  # many batches
     for processes in (1, 3):
         build(texts, str(processes), processes=processes)
     assert content(tmp_path / "1") == content(tmp_path / "3")
@@ -166,7 +167,7 @@ class Counted:
 
 
 def test_goes_on_after_the_last_whole_shard_to_the_same_bytes(shards_of, small, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(cache_module, "BATCH_BYTES", 5000)
     shards = shards_of(texts, lines_per_shard=6)
     whole = Counted(cache_module._encode)
     monkeypatch.setattr(cache_module, "_encode", whole)
@@ -220,6 +221,18 @@ def test_a_full_disk_is_named_and_goes_on(shards_of, small, texts, tmp_path, mon
     assert (out / "journal.json").exists()
     made = tokenize(shards, small, out, progress=False)
     assert [small.decode(made[i]) for i in range(8)] == texts[:8] and not (out / "journal.json").exists()
+
+
+def test_one_run_at_a_time(shards_of, small, tmp_path):
+    shards, out = shards_of(["one", "two"]), tmp_path / "tokens"
+    with (
+        sole_writer(out),
+        pytest.raises(BlockingIOError, match=rf"{out}: another run is writing here; wait until"),
+    ):
+        tokenize(shards, small, out, progress=False)
+    made = tokenize(shards, small, out, progress=False)
+    with sole_writer(out):  # what is finished is read by any number
+        assert len(tokenize(shards, small, out, progress=False)) == len(made) == 2
 
 
 def test_a_shard_removed_while_it_is_tokenised_is_named(shards_of, small, texts, tmp_path, monkeypatch):

@@ -1,15 +1,23 @@
 """Damaged sources: named, counted, and the rest is used."""
 
+import errno
+import gzip
+import json
 import os
 import random
+import re
 import tracemalloc
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from openllama.data import arrays, formats
+from openllama.data import lines as lines_module
+from openllama.data.arrays import elements
 from openllama.data.documents import Damage, Fields
-from openllama.data.lines import lines
+from openllama.data.formats import unit
+from openllama.data.lines import Unreadable, lines
 from openllama.data.sources import open_source
 
 from .reading import array, line, read, texts, write
@@ -37,11 +45,11 @@ def test_a_long_line_is_passed_over_without_being_held(tmp_path):
 
 
 def test_a_decompression_bomb_is_a_long_line(tmp_path):
-    """4 GB of zeros in 400 KB."""
+    """1 GB of zeros in 100 KB."""
     compressor = zstandard.ZstdCompressor(level=19).compressobj()
     with (tmp_path / "a.jsonl.zst").open("wb") as file:
         block = bytes(1 << 24)
-        for _ in range(256):
+        for _ in range(64):
             file.write(compressor.compress(block))
         file.write(compressor.flush())
     write(tmp_path / "b.jsonl", line("the rest"))
@@ -127,3 +135,265 @@ def test_each_reason_has_examples_of_its_own(tmp_path):
     damage = Damage()
     assert texts(tmp_path, damage=damage) == []
     assert [e["file"] for e in damage.examples] == ["a.jsonl"] * 20 + ["b.jsonl.zst"]
+
+
+# ---------------------------------------------------------------- JSON arrays: what is broken costs itself
+
+MANY = [{"text": f"document {i}: }}, {{ [", "parts": [{"n": i}, {"n": [{}]}]} for i in range(4000)]
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ('"document 9:', "document 9:"),
+        ('{ [", "parts": [{"n": 9', '{ [, "parts": [{"n": 9'),
+        ('{"text": "document 9:', '"text": "document 9:'),
+        ('{"text": "document 9:', '[{"text": "document 9:'),
+        ('[{"n": 9}, {"n": [{}]}]}', '[{"n": 9}, {"n": [{}]}]'),
+        ('[{"n": 9}, {"n": [{}]}]}', '[{"n": 9}, {"n": [{}]}'),
+        ('[{"n": 9}, {"n": [{}]}]}', '[{"n": 9}, {"n": [{}]}]}]'),
+        ('[{"n": 9}, {"n": [{}]}]}', '[{"n": 9}, {"n": [{}]}]}}'),
+        ('[{"n": 9}, {"n": [{}]}]}, ', '[{"n": 9}, {"n": [{}]}]} '),
+        ('[{"n": 9}, {"n": [{}]}]}', '[{"n": 9}, {"n": [{'),
+        ("document 9:", 'document "9:'),
+        ("document 9:", 'document "9":'),
+        ('document 9: }, { ["', 'document 9: }, { [\\"'),
+    ],
+)
+def test_a_broken_record_of_an_array_costs_no_more_than_its_neighbour_behind(tmp_path, right, wrong):
+    data = json.dumps(MANY).replace(right, wrong, 1).encode()
+    path = tmp_path / "a.json"
+    path.write_bytes(data)
+    damage = Damage()
+    found, all_texts = texts(path, damage=damage), [r["text"] for r in MANY]
+    assert set(all_texts) - set(found) <= set(all_texts[9:11]) and found[-1] == all_texts[-1]
+    assert damage.counts
+
+
+@pytest.mark.parametrize("longest", [1 << 14, 1 << 30])
+def test_what_an_unclosed_list_has_swallowed_is_found(longest):
+    """All that follows could be of it: that shows at the end of the file, or of what memory may hold."""
+    broken = json.dumps(MANY).replace('{"n": [{}]}]}', '{"n": 5}', 1).encode()
+    found = list(elements(broken[1:], iter([]), longest))
+    assert found[0][1].reason == "not JSON" and b"document 1:" in found[-len(MANY) + 1][1]
+    assert all(json.loads(data) == record for (_, data), record in zip(found[1 - len(MANY) :], MANY[1:]))
+
+
+def test_an_element_that_is_too_long_is_passed_over_undivided():
+    long = {"list": [{"text": "}, {"}] * 20_000}
+    data = json.dumps([{"text": "a"}, long, {"text": "c"}]).encode()
+    pieces = (data[i : i + 5000] for i in range(1, len(data), 5000))
+    first, middle, last = (data for _, data in elements(b"", pieces, 100_000))
+    assert (first, last) == (b'{"text": "a"}', b'{"text": "c"}') and middle.reason == "record too long"
+
+
+def test_an_array_without_its_end_gives_all_whole_records(tmp_path):
+    damage = Damage()
+    assert texts(write(tmp_path / "a.json", array(MANY)[:-1]), damage=damage) == [r["text"] for r in MANY]
+    assert damage.counts == {"truncated JSON array": 1}
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        b'{"":[{},' * 100,
+        b'{"":[{},' * 1000 + b'"" ""',
+        b"[" * 100,
+        b'{"a":"b}, ' * 100,
+        b'},{"' * 100,
+        b'"":"",' * 100,
+        b'{"a":[{"a":1},{"a":2},' * 100,
+    ],
+    ids=lambda piece: f"{piece[:10].decode()}{len(piece)}",
+)
+def test_hostile_arrays_take_linear_time(piece, monkeypatch):
+    """No byte is followed more than some times over."""
+    followed = 0
+    follow = arrays._Lexer.follow
+
+    def counted(self, text, at):
+        nonlocal followed
+        end, mark = follow(self, text, at)
+        followed += end - at
+        return end, mark
+
+    monkeypatch.setattr(arrays._Lexer, "follow", counted)
+    monkeypatch.setattr(arrays, "READ", 1 << 10)
+    size, longest = 1 << 18, 1 << 14
+    found = list(elements(b"", (piece for _ in range(size // len(piece))), longest))
+    assert isinstance(found[-1][1], Unreadable) and followed < 4 * (size + longest)
+
+
+def test_a_string_of_escapes_takes_little_memory(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[{"text": "' + b"\\n" * 4_000_000 + b'"}]')
+    tracemalloc.start()
+    ((_, record),) = formats.json_values(path, lambda _: None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(record) > 8_000_000 and peak < 6 * len(record)  # it was 70 times as much
+
+
+# ---------------------------------------------------------------- parquet, zstd, disks
+
+
+def invalid_strings(texts):
+    import pyarrow
+
+    return pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+
+
+def test_a_row_that_is_not_utf_8_is_one_damaged_record(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [b"%d" % i for i in range(700)]
+    rows[300] = b"\xff"
+    parquet.write_table(pyarrow.table({"text": invalid_strings(rows)}), tmp_path / "a.parquet")
+    damage = Damage()
+    assert texts(tmp_path, damage=damage) == [str(i) for i in range(700) if i != 300]
+    assert damage.examples == [{"file": "a.parquet", "record": 301, "reason": "not UTF-8"}]
+    damage = Damage()
+    assert texts(tmp_path, Fields(("body",)), damage) == [] and damage.counts == {"missing key": 700}
+
+
+@pytest.mark.parametrize("row_groups", [0, 1])
+def test_an_empty_parquet_file_is_counted(tmp_path, row_groups):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    with parquet.ParquetWriter(tmp_path / "a.parquet", empty.schema) as writer:
+        for _ in range(row_groups):
+            writer.write_table(empty)
+    damage = Damage()
+    assert texts(tmp_path, damage=damage) == [] and damage.counts == {"empty file": 1}
+
+
+def test_a_parquet_file_of_one_row_group_is_not_held(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pyarrow.array([random.Random(i).randbytes(5000).hex() for i in range(8000)])
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": column}), path, compression="none", use_dictionary=False)
+    del column
+    pyarrow.default_memory_pool().release_unused()
+    before = pyarrow.total_allocated_bytes()
+    peak = max(
+        pyarrow.total_allocated_bytes() for _ in formats.parquet_rows(path, 0, ["text"], lambda _: None)
+    )
+    assert path.stat().st_size > 80_000_000 and peak - before < 30_000_000
+
+
+def zstd_frame(text, window_log):
+    """One stored block; it declares a window of so many bits."""
+    head = b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3])
+    return head + (len(text) << 3 | 1).to_bytes(3, "little") + text
+
+
+def test_zstd_made_with_a_long_window_is_read(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd_frame(line("a"), 31) + zstd_frame(line("b"), 28))
+    assert texts(tmp_path) == ["a", "b"]
+
+
+def failing(number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.txt", "a.parquet"])
+def test_only_what_is_wrong_with_one_file_is_damage(tmp_path, monkeypatch, name):
+    """What a disk that fails would hide is not passed over: the rest of a file, and all files behind it."""
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow.parquet")
+    write(tmp_path / name, line("a"))
+    source = open_source(tmp_path, Fields())
+
+    def reads(number):
+        monkeypatch.setattr(lines_module, "open", failing(number), raising=False)
+        monkeypatch.setattr(Path, "read_bytes", failing(number))
+        monkeypatch.setattr("pyarrow.parquet.ParquetFile", failing(number))
+        return [record.data for record in source.records((-1, 0), lambda _: None)]
+
+    for number in (errno.ENOENT, errno.EACCES, errno.EISDIR):
+        (why,) = reads(number)
+        assert (why.reason, why.detail) == ("cannot be read", os.strerror(number))
+    for number in (errno.EIO, errno.ESTALE):
+        with pytest.raises(
+            OSError, match=rf"{re.escape(name)}: .*; check the disk and run again: it goes"
+        ) as caught:
+            reads(number)
+        assert caught.value.errno == number
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_files_passed_over_are_counted_by_why(tmp_path):
+    folder, linked = tmp_path / "corpus", tmp_path / "elsewhere"
+    (folder / "sub/.hidden").mkdir(parents=True)
+    linked.mkdir()
+    write(folder / "A.JSONL", line("capitals"))
+    write(linked / "b.Json", array([{"text": "linked"}]))
+    write(folder / "C.jsonl.GZ", gzip.compress(line("packed")))
+    (folder / "D.TXT").write_bytes(b"text")
+    for name in ("a.csv", "b.jsonl.xz", "sub/c.CSV", "README", ".a.jsonl", "sub/.hidden/a.jsonl"):
+        (folder / name).write_bytes(line("no"))
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    (folder / "sub/again").symlink_to(folder)  # a loop
+    (folder / "sub/link").symlink_to(linked)
+    os.mkfifo(folder / "pipe.jsonl")
+    source = open_source(folder, Fields())
+    found = {r.file: r.category for r in source.records((-1, 0), lambda _: None)}
+    assert found == {"A.JSONL": "A", "C.jsonl.GZ": "C", "D.TXT": "txt", "sub/link/b.Json": "b"}
+    assert texts(folder) == ["capitals", "packed", "text", "linked"]
+    assert dict(source.passed_over) == {
+        ".csv": 2, ".xz": 1, "no ending": 1, "hidden file": 1, "broken link": 1, "not a regular file": 1,
+    }  # fmt: skip
+    assert unit("A.JSONL") == unit("C.jsonl.GZ") == "line"
+
+
+def test_a_folder_of_other_files_says_what_it_holds(tmp_path):
+    write(tmp_path / "a.csv", b"")
+    with pytest.raises(
+        ValueError, match=r"holds no file ending in .*, but 1 x \.csv; name another, or convert"
+    ):
+        open_source(tmp_path, Fields())
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", line("a"))
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # as root, no folder refuses itself
+    with pytest.raises(
+        PermissionError, match=r"folder .*closed cannot be read .*; make it readable, or move it out"
+    ):
+        open_source(tmp_path, Fields())
+
+
+def test_categories_of_numbers_and_null(tmp_path):
+    for value in ("null", "7", "0.5", "true", "[]"):
+        write(tmp_path / f"{value}.jsonl", b'{"text": "x", "of": %s}\n' % value.encode())
+    write(tmp_path / "missing.jsonl", line("x"))
+    damage = Damage()
+    found = [d["meta"]["category"] for d in read(tmp_path, Fields(("text",), "of"), damage)]
+    assert found == ["0.5", "7", "none"] and damage.counts == {"missing key": 1, "not a string": 2}
+
+
+def test_the_category_of_a_file_is_its_name_without_the_ending(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.b.parquet")
+    write(tmp_path / "c.d.jsonl.zst", line("b"))
+    assert [d["meta"]["category"] for d in read(tmp_path)] == ["a.b", "c.d"]

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -113,3 +115,45 @@ def test_metrics_that_cannot_be_written_to_are_named(metrics):
     with pytest.raises(OSError, match=r"metrics\.jsonl: Is a directory; make it writable, run again"):
         monitor.valid({"step": 5, "valid_loss": 1.0, "valid_bits_per_byte": 1.0})
     monitor.close()
+
+
+HOLD = """
+import sys, time
+from openllama.files import sole_writer
+with sole_writer(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(BlockingIOError, match=f"{tmp_path}: another run is writing here"),
+            files.sole_writer(tmp_path),
+        ):
+            pass
+        holder.kill()
+    with files.sole_writer(tmp_path):
+        assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_file_was_removed_is_none(tmp_path, monkeypatch):
+    """Its last holder removes the file: whoever had opened it before locks a file that nobody else finds."""
+    flock, left = files.fcntl.flock, [1]
+
+    def after_it_is_gone(descriptor, how):
+        flock(descriptor, how)
+        if left.pop():
+            (tmp_path / ".lock").unlink()
+            left.append(0)
+
+    monkeypatch.setattr(files.fcntl, "flock", after_it_is_gone)
+    with files.sole_writer(tmp_path):
+        monkeypatch.undo()
+        with pytest.raises(BlockingIOError), files.sole_writer(tmp_path):
+            pass

@@ -75,7 +75,7 @@ def test_arrays_are_read_as_json_reads_them_or_say_what_is_lost(tmp_path):
         random.Random("array"),
         json.dumps([{"text": t} for t in TEXTS]).encode(),
     )
-    for _ in range(MUTATIONS):
+    for _ in range(MUTATIONS // 2):
         path.write_bytes(changed := mutate(whole, draw))
         damage = Damage()
         found = texts(path, damage=damage)
@@ -85,6 +85,25 @@ def test_arrays_are_read_as_json_reads_them_or_say_what_is_lost(tmp_path):
             assert damage.counts, changed
         else:
             assert len(records) == len(found) + sum(damage.counts.values()), changed
+
+
+@pytest.mark.parametrize("more", [{}, {"parts": [{"n": 1}, {"n": "}, {"}]}])
+def test_a_record_broken_in_an_array_costs_itself_and_at_most_the_one_behind(tmp_path, more):
+    """One place of one record: its end cut off, some bytes cut out, or a character of JSON's own put in or over one."""
+    path, draw = tmp_path / "a.json", random.Random("record")
+    records = [json.dumps({"text": t, **more}, ensure_ascii=False).encode() for t in TEXTS]
+    for _ in range(MUTATIONS // 4):
+        i = draw.randrange(len(records) - 1)
+        at, record = draw.randrange(len(records[i])), records[i]
+        cut = draw.choice([0, 1, 2, 8, len(record)])
+        put = draw.choice([b"", *(bytes([c]) for c in b'"[]{},:\\')])
+        broken = record[:at] + put + record[at + cut :]
+        path.write_bytes(changed := b"[" + b", ".join([*records[:i], broken, *records[i + 1 :]]) + b"]")
+        damage = Damage()
+        found = set(texts(path, damage=damage))
+        lost = {t for t in TEXTS if t not in found}
+        assert lost <= set(TEXTS[i : i + 2]), changed
+        assert damage.counts or not lost - {TEXTS[i]}, changed
 
 
 def test_shards_are_whole_or_refused(tmp_path):

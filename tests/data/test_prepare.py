@@ -3,13 +3,20 @@
 import json
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from openllama.data import prepare as prepare_module
+from openllama.data import join as join_module
+from openllama.data import sources, unit
 from openllama.data.documents import DamagedData, Fields
 from openllama.data.prepare import prepare
-from openllama.data.shards import ShardWriter, read_shards
+from openllama.data.shards import PartWriter, read_shards
+from openllama.files import sole_writer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def names(folder):
@@ -173,10 +180,10 @@ def content(out):
 @pytest.mark.parametrize("max_bytes", [None, 1200])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(files, tmp_path, monkeypatch, max_bytes):
     """Stopped after any number of documents, twice, each time in another place."""
-    monkeypatch.setattr(prepare_module, "BATCH_RECORDS", 9)
+    monkeypatch.setattr(sources, "UNIT_BYTES", (4500, 4500))  # three units of two, two and one file
     options = {**OPTIONS, "max_bytes": max_bytes}
     made = quiet(files, tmp_path / "whole", processes=1, **options)
-    wanted, write_line = content(tmp_path / "whole"), ShardWriter.write_line
+    wanted, write_line = content(tmp_path / "whole"), PartWriter.write_line
     draw, resumed = random.Random(0), 0
     for trial in range(12):
         out = tmp_path / f"parted{trial}"
@@ -189,76 +196,175 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(files, tmp_path, monkeypat
                     raise KeyboardInterrupt
                 return write_line(self, *args)
 
-            monkeypatch.setattr(ShardWriter, "write_line", interrupted)
+            monkeypatch.setattr(PartWriter, "write_line", interrupted)
             try:
                 quiet(files, out, processes=1, **options)
             except KeyboardInterrupt:
                 assert not (out / "train").exists()
-            if (
-                journal := out / ".unfinished/journal.jsonl"
-            ).exists() and trial % 2:  # cut off by a full disk
-                journal.write_bytes(journal.read_bytes() + b'{"split": "train", "sha')
-            if (out / ".unfinished/train").exists():  # what SIGKILL leaves of the part that was being written
-                (out / ".unfinished/train/part-00099.jsonl.zst.tmp").write_bytes(b"half")
-        monkeypatch.setattr(ShardWriter, "write_line", write_line)
-        resumed += (out / ".unfinished/journal.jsonl").exists()
+            if trial % 2:  # cut off by a full disk
+                for journal in out.glob(".unfinished/*/journal.jsonl"):
+                    journal.write_bytes(journal.read_bytes() + b'{"shards": {"train')
+                for held in out.glob(".unfinished/*/held-*"):  # lines after the last that counts
+                    held.write_bytes(held.read_bytes() + b'{"text": "ha')
+            for train in out.glob(".unfinished/unit-*/train"):  # what SIGKILL leaves of an open part
+                (train / "part-00099.jsonl.zst.tmp").write_bytes(b"half")
+        monkeypatch.setattr(PartWriter, "write_line", write_line)
+        resumed += any(out.glob(".unfinished/*/journal.jsonl"))
         assert quiet(files, out, processes=1, **options)["documents"] == made["documents"]
         assert content(out) == wanted
     assert resumed > 2
 
 
-def test_goes_on_where_it_was(files, tmp_path, monkeypatch):
-    """Without parsing again what lies in complete shards of all splits."""
-    write_line, count = ShardWriter.write_line, [0]
+@pytest.mark.parametrize("share", [0, 0.02, 0.2])
+def test_goes_on_after_the_last_training_shard(files, tmp_path, monkeypatch, share):
+    """However rare held-out documents are: those of the open shard need not be read again."""
+    options, written = OPTIONS | {"valid_share": share}, 200
+    quiet(files, tmp_path / "whole", processes=1, **options)
+    write_line, count = PartWriter.write_line, [0]
 
     def interrupted(self, *args):
         count[0] += 1
-        if count[0] > 200:
+        if count[0] > written:
             raise KeyboardInterrupt
         return write_line(self, *args)
 
-    monkeypatch.setattr(ShardWriter, "write_line", interrupted)
+    monkeypatch.setattr(PartWriter, "write_line", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quiet(files, tmp_path / "out", processes=1, **OPTIONS)
-    parsed, prepare_one = [0], prepare_module._prepare_one
+        quiet(files, tmp_path / "out", processes=1, **options)
+    monkeypatch.setattr(PartWriter, "write_line", write_line)
+    parsed, document = [0], unit.document
 
     def counted(*args):
         parsed[0] += 1
-        return prepare_one(*args)
+        return document(*args)
 
-    monkeypatch.setattr(ShardWriter, "write_line", write_line)
-    monkeypatch.setattr(prepare_module, "_prepare_one", counted)
-    quiet(files, tmp_path / "out", processes=1, **OPTIONS)
-    assert 57 * 5 - 200 < parsed[0] < 57 * 5 * 2 // 3
-
-
-def test_the_process_count_does_not_matter(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_RECORDS", 9)
-    for processes in (1, 2):
-        quiet(files, tmp_path / str(processes), processes=processes, **OPTIONS)
-    assert content(tmp_path / "1") == content(tmp_path / "2")
-    with pytest.raises(ValueError, match="processes: got 0"):
-        quiet(files, tmp_path / "0", processes=0, **OPTIONS)
+    monkeypatch.setattr(unit, "document", counted)
+    quiet(files, tmp_path / "out", processes=1, **options)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    # a sixth of the records before were damaged or held out, and up to a shard of 16 is written again
+    assert parsed[0] - (285 - written) < 16 / (1 - share)
 
 
-def test_an_interrupted_run_of_other_settings_is_named(files, tmp_path, monkeypatch):
-    write_line, count = ShardWriter.write_line, [0]
+def interrupted_run(source, out, monkeypatch, documents=150, **options):
+    write_line, count = PartWriter.write_line, [0]
 
     def interrupted(self, *args):
         count[0] += 1
-        if count[0] > 150:
-            raise OSError(28, "No space left on device")
+        if count[0] > documents:
+            raise KeyboardInterrupt
         return write_line(self, *args)
 
-    monkeypatch.setattr(ShardWriter, "write_line", interrupted)
-    with pytest.raises(OSError, match="disk is full"):
-        quiet(files, tmp_path / "out", **OPTIONS)
-    monkeypatch.setattr(ShardWriter, "write_line", write_line)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PartWriter, "write_line", interrupted)
+        quiet(source, out, processes=1, **options)
+    assert any(out.glob(".unfinished/*/journal.jsonl"))
+
+
+def test_a_run_goes_on_in_the_same_files_only(files, tmp_path, monkeypatch):
+    """Of sources whose finished shards stay good when they change, too: python and hf."""
+    pytest.importorskip("datasets")
+    rows = "".join(json.dumps({"text": f"{i} text"}) + "\n" for i in range(300))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/a.jsonl").write_text(rows)
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    for i in range(300):
+        (modules / f"m{i:03}.py").write_text(f"x = {i}\n")
+    paths = {"stdlib": str(modules), "purelib": str(tmp_path / "none"), "platlib": str(tmp_path / "none")}
+    monkeypatch.setattr("openllama.data.sources.sysconfig.get_paths", lambda: paths)
+    options = {"lines_per_shard": 16}
+    for source, add in (
+        (f"hf:{tmp_path}/hub", lambda: (tmp_path / "hub/0.jsonl").write_text(rows)),
+        ("python", lambda: (modules / "a.py").write_text("y = 1\n")),
+        (files, lambda: (files / "00.jsonl").write_text(rows)),
+    ):
+        out = tmp_path / f"out-{len(str(source))}"
+        keys = options | ({"fields": OPTIONS["fields"]} if source is files else {})
+        interrupted_run(source, out, monkeypatch, **keys)
+        add()
+        with pytest.raises(ValueError, match=r"others than when the run was interrupted|had other settings"):
+            quiet(source, out, **keys)
+
+
+def test_one_run_at_a_time(files, tmp_path):
+    out = tmp_path / "out"
+    with sole_writer(out), pytest.raises(BlockingIOError, match=r"out: another run is writing here; wait"):
+        quiet(files, out, **OPTIONS)
+    (out / ".lock").touch()  # what a kill leaves holds nobody up
+    assert not quiet(files, out, **OPTIONS)["reused"] and names(out) == ["train", "valid"]
+
+
+def test_shards_within_their_source_are_refused(files):
+    with pytest.raises(ValueError, match=r"out: .*/raw/shards lies in the source .*/raw, where a later run"):
+        quiet(files, files / "shards", **OPTIONS)
+
+
+def test_the_process_count_does_not_matter(files, tmp_path, monkeypatch):
+    """Units of some files are made side by side; shards are whole across them, and nothing is lost or repeated."""
+    monkeypatch.setattr(sources, "UNIT_BYTES", (1000, 1000))
+    for processes in (1, 2):
+        made = quiet(files, tmp_path / str(processes), processes=processes, **OPTIONS)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    for split in ("train", "valid"):
+        sizes = [shard["lines"] for shard in made[split]["shards"]]
+        assert {*sizes[:-1]} == {16} and 1 <= sizes[-1] <= 16
+    monkeypatch.setattr(sources, "UNIT_BYTES", (1 << 20, 1 << 20))
+    one = quiet(files, tmp_path / "one", **OPTIONS)
+    for split in ("train", "valid"):
+        assert sorted(all_texts(tmp_path / "1", split)) == sorted(all_texts(tmp_path / "one", split))
+        assert made[split]["damage"] == one[split]["damage"]
+        assert made[split]["categories"] == one[split]["categories"]
+    with pytest.raises(ValueError, match="processes: got 0"):
+        quiet(files, tmp_path / "0", processes=0, **OPTIONS)
+    assert names(tmp_path / "0") == []
+
+
+def test_an_error_ends_the_other_processes(files, tmp_path, monkeypatch):
+    """A unit that takes minutes must not be waited for once another has failed."""
+    monkeypatch.setattr(sources, "UNIT_BYTES", (1, 1))
+    monkeypatch.setattr("openllama.data.progress.TOLD", 1)
+    with pytest.raises(DamagedData, match=r"0\.jsonl, line 1: missing key"):
+        quiet(files, tmp_path / "out", processes=2, on_damage="raise", **OPTIONS)
+
+
+@pytest.mark.parametrize("renames", range(0, 12, 3))
+def test_an_interrupted_join_goes_on(files, tmp_path, monkeypatch, renames):
+    monkeypatch.setattr(sources, "UNIT_BYTES", (1000, 1000))
+    quiet(files, tmp_path / "whole", **OPTIONS)
+    renamed, left = join_module._renamed, [renames]
+
+    def interrupted(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return renamed(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(join_module, "_renamed", interrupted)
+        quiet(files, tmp_path / "out", processes=1, **OPTIONS)
+    for split in (tmp_path / "out/.unfinished").glob("train"):
+        (split / "part-00099.jsonl.zst.tmp").write_bytes(b"half")
+    made = quiet(files, tmp_path / "out", **OPTIONS)
+    assert content(tmp_path / "out") == content(tmp_path / "whole") and made["rate"] == 0
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on(files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(PartWriter, "_close", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(
+            OSError, match=r"out: the disk is full; free space and run again, it goes on where"
+        ):
+            quiet(files, tmp_path / "out", **OPTIONS)
+    quiet(files, tmp_path / "out", **OPTIONS)
+
+
+def test_an_interrupted_run_of_other_settings_is_named(files, tmp_path, monkeypatch):
+    interrupted_run(files, tmp_path / "out", monkeypatch, **OPTIONS)
     with pytest.raises(
         ValueError, match=r"an interrupted run had other settings \(valid_share was 0.2, now 0.3\)"
     ):
         quiet(files, tmp_path / "out", **OPTIONS | {"valid_share": 0.3})
-    lost = next((tmp_path / "out/.unfinished/train").glob("part-00000*"))
+    lost = next((tmp_path / "out/.unfinished").glob("*/train/part-00000*"))
     data = lost.read_bytes()
     lost.unlink()
     with pytest.raises(ValueError, match=r"part-00000.*: not as the interrupted run left it; remove"):
@@ -306,3 +412,27 @@ def test_another_code_folder_of_the_same_name_is_another_source(tmp_path):
     assert quiet(f"code:{tmp_path}/a/proj", tmp_path / "out", valid_share=0)["reused"]
     with pytest.raises(ValueError, match="source_fingerprint was"):
         quiet(f"code:{tmp_path}/b/proj", tmp_path / "out", valid_share=0)
+
+
+def test_the_script_compares_with_the_published_size(tmp_path):
+    """Where the whole set was read; and says what else it saw."""
+    (tmp_path / "raw").mkdir()
+    lines = [json.dumps({"text": f"text {i}", "meta": {"pile_set_name": "Github"}}) for i in range(300)]
+    (tmp_path / "raw/00.jsonl").write_text("\n".join([*lines, "{}"]))
+    (tmp_path / "raw/01.jsonl.xz").touch()
+    command = [
+        sys.executable,
+        ROOT / "train/prepare_data.py",
+        "--source",
+        tmp_path / "raw",
+        "--corpus",
+        "pile",
+    ]
+
+    def said(*more):
+        return subprocess.run([*command, *more], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+    whole = said("--out", tmp_path / "whole")
+    assert "301 lines read, 0.00% of the 210,607,728 published for pile (monology/pile-uncopyrighted" in whole
+    assert "skipped: 1 x missing key (examples in" in whole and "passed over: 1 x .xz" in whole
+    assert "published" not in said("--out", tmp_path / "part", "--max-bytes", "1000")

@@ -9,7 +9,7 @@ import zstandard
 from openllama import files
 from openllama.data import shards
 from openllama.data.documents import DamagedData
-from openllama.data.shards import ShardWriter, read_manifest, read_shards
+from openllama.data.shards import ShardWriter, read_manifest, read_shard, read_shards
 
 
 def names(folder):
@@ -29,6 +29,13 @@ def test_equal_line_counts_in_all_but_the_last(shards_of):
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
         assert zstandard.ZstdDecompressor().decompressobj().decompress(data).count(b"\n") == shard["lines"]
     assert [d["text"] for d in read_shards(folder)] == wanted
+
+
+def test_reading_a_shard_tells_how_far_it_is(shards_of):
+    folder, read = shards_of("abcdef", lines_per_shard=3), []
+    entry = read_manifest(folder)["shards"][1]
+    assert [d["text"] for d in read_shard(folder, entry, read.append)] == [*"def"]
+    assert sum(read) == entry["bytes"]
 
 
 def test_a_full_last_shard_is_not_followed_by_an_empty_one(shards_of):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from openllama.data import formats
+from openllama.data import arrays
 from openllama.data import lines as lines_module
 from openllama.data.documents import Damage, DamagedData, Fields
 from openllama.data.formats import json_values
@@ -185,10 +185,10 @@ def test_reads_json_arrays_as_wudao_has_them(tmp_path, name):
             {"not a JSON object": [2, 3]},
         ),
         (b'[{"text": "a"}, {"text": "b', ["a"], {"truncated JSON array": [2]}),
-        (b'[{"text": "a"}] [{"text": "b"}]', ["a"], {"more than one JSON value": [2]}),
+        (b'[{"text": "a"}] [{"text": "b"}]', ["a", "b"], {"more than one JSON value": [2]}),
         (b'[{"text": "a"}, {"text": "\xff"}, {"text": "c"}]', ["a", "c"], {"not UTF-8": [2]}),
         (b'[{"text": "a"},, {"text": "\\""},]\n', ["a", '"'], {"not JSON": [2, 4]}),
-        (b"[]", [], {}),
+        (b"[]", [], {"empty file": [0]}),
         (b" \n", [], {"empty file": [0]}),
         (b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"], {}),
     ],
@@ -205,8 +205,8 @@ def test_arrays_are_parted_at_any_border_of_what_is_read(tmp_path, monkeypatch):
     """Escapes, quotes and brackets on every border between two pieces."""
     values = [{"text": "\\" * n + '"}],[{' * n + "\\"} for n in range(1, 12)]
     path = write(tmp_path / "a.json", array(values))
-    for chunk in range(1, 60):
-        monkeypatch.setattr(formats, "READ", chunk)
+    for chunk in range(2, 60):
+        monkeypatch.setattr(arrays, "READ", chunk)
         monkeypatch.setattr(lines_module, "PIECE", 1)
         assert texts(path) == [v["text"] for v in values]
 

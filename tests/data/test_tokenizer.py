@@ -1,14 +1,21 @@
 import errno
 import os
 import random
+import signal
+import subprocess
+import sys
+import time
 import unicodedata
+from pathlib import Path
 
 import pytest
 import sentencepiece
 
 from openllama import tokenizer
+from openllama.data.documents import DamagedData
 from openllama.tokenizer import Tokenizer, bytes_per_token, compression, language, train
 
+ROOT = Path(__file__).resolve().parents[2]
 STRINGS = [
     "",
     " ",
@@ -122,6 +129,47 @@ def test_training_errors(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", [DamagedData, KeyboardInterrupt])
+def test_an_error_of_reading_comes_out_as_it_is(kind, texts, tmp_path):
+    """SentencePiece would hand on only its text, in several lines, as an error of its own."""
+
+    def failing():
+        yield texts[0]
+        raise kind("part-00000.jsonl.zst, line 2")
+
+    with pytest.raises(kind, match=r"^part-00000\.jsonl\.zst, line 2$"):
+        train(failing(), tmp_path / "m", 400)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_does_not_wait_for_sentencepiece(tmp_path):
+    code = """
+import random, sys
+from openllama.tokenizer import train
+def texts():
+    draw = random.Random(0)
+    for _ in range(4000):
+        yield " ".join("".join(draw.choices("abcdefghij", k=8)) for _ in range(100))
+    print("read", flush=True)
+try:
+    train(texts(), sys.argv[1], 30000)
+finally:
+    print("waited")
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "m")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "read\n"
+        time.sleep(0.3)  # it is in SentencePiece now, for seconds
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[0] == "" and process.returncode == -signal.SIGINT
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_leaves_ctrl_c_as_it_was(tmp_path):
+    train(["hello world"], tmp_path / "m", 271)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_full_disk_keeps_the_older_model(texts, tmp_path, monkeypatch):
     before = train(texts[:3], tmp_path / "m", 400).fingerprint
 
@@ -196,3 +244,36 @@ def test_compression_by_category_and_language(small):
         "language Chinese": 12 / sum(tokens[1:]),
         "language Latin script": 2 / tokens[0],
     }
+
+
+def test_no_category_is_said_so(small):
+    documents = [{"text": "ab", "meta": {"category": c}} for c in ("", "x")]
+    assert {*compression(small, documents)} >= {"category (none)", "category x"}
+
+
+def train_tokenizer(*arguments):
+    command = [sys.executable, ROOT / "train" / "train_tokenizer.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def test_the_script_measures_on_text_it_was_not_trained_on(texts, shards_of, tmp_path):
+    lines = [line + "\n" for text in texts for line in text.split("\n\n") if line.strip()]
+    done = train_tokenizer("--shards", shards_of(lines), "--vocab-size", "400", "--out", tmp_path / "m")
+    assert done.returncode == 0, done.stderr
+    _, *report = done.stdout[done.stdout.index("wrote") :].splitlines()
+    assert report[0].startswith("bytes per token, of 0.0 MB of text that it was not trained on:")
+    assert [line[11:] for line in report[1:]] == ["all", "category test", "language Latin script"]
+    done = train_tokenizer(
+        "--shards", shards_of(["hello"], "b"), "--vocab-size", "265", "--out", tmp_path / "m"
+    )
+    assert done.returncode == 0 and "bytes per token: not counted" in done.stdout, done.stderr
+
+
+def test_the_script_names_a_damaged_shard_in_one_line(shards_of, tmp_path):
+    folder = shards_of(["hello world"] * 50)
+    part = folder / "part-00000.jsonl.zst"
+    data = part.read_bytes()
+    part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    done = train_tokenizer("--shards", folder, "--vocab-size", "300", "--out", tmp_path / "m")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {part}, line 1: not zstd, or corrupt"), done.stderr

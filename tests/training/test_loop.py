@@ -330,6 +330,7 @@ def test_what_tokenising_does_not_need_is_checked_before_it(settings, tmp_path):
     for change, message in (
         ({"valid_shards": str(tmp_path / "none")}, r"none: no manifest\.json"),
         ({"model": {**SHAPE, "vocab_size": 100}}, "its vocabulary of 320 is over the model's vocab_size=100"),
+        ({"mix": {"tset": 2.0}}, "mix: got 'tset', takes names of"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             Trainer(settings(**change))
@@ -338,10 +339,18 @@ def test_what_tokenising_does_not_need_is_checked_before_it(settings, tmp_path):
         ({"seed": -1}, "seed: got -1"),
         ({"shards": {"a/b": "x"}}, "shards: got the name 'a/b', takes letters"),
         ({"long": "cut"}, "long: got 'cut'"),
+        ({"processes": 0}, "processes: got 0, takes a whole number of at least 1, or null"),
         ({"mix": {"a": "much"}}, "mix.a: got 'much', takes a value of type float"),
     ):
         with pytest.raises(ValueError, match=message):
             from_dict(TrainConfig, {**vars(settings()), **change}, "run.yaml")
+
+
+def test_two_runs_in_one_folder_are_refused(settings, tmp_path):
+    trainer = Trainer(settings())
+    with files.sole_writer(tmp_path / "run"), pytest.raises(BlockingIOError, match="another run is writing"):
+        trainer.run()
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def settings_folder(settings):
