@@ -1,7 +1,7 @@
 """The elements of a JSON array, however long the file. One that is broken costs itself, or its neighbour too, not the rest.
 
-An element that is right, and no longer than may be, is never divided. It goes by in one step of a regular expression or,
-where it is long or deeply nested, token by token. A missing quote or bracket shows soon, as two tokens that can't follow
+An element that is right, and no longer than may be, is never divided. Mostly the JSON parser reads it at once; where it is
+long, or not right, it is followed token by token. A missing quote or bracket shows soon, as two tokens that can't follow
 each other; or else, at the end of the file or of what memory may hold, as an element that has swallowed its siblings (their
 first key is its own). Reading then goes on at the next border `}, {"` behind the element's beginning: within a string, that
 quote were escaped. Objects nested in a broken element may so be taken for elements.
@@ -9,45 +9,39 @@ quote were escaped. Objects nested in a broken element may so be taken for eleme
 
 from __future__ import annotations
 
+import json
 import re
+from codecs import utf_8_decode
 from collections.abc import Iterator
+from typing import Any
 
 from .lines import LONGEST, Unreadable
 
 # Bytes read on at a time, and seen by a regular expression at once: its stack takes some dozen times as much.
 READ = 1 << 18
+# Bytes that the parser tries at once; few behind what was broken: what follows may be so too.
+WINDOW_LEAST, WINDOW_MOST = 1 << 12, 1 << 20
 DEEPEST = 100_000  # brackets open at once; the JSON parser takes far fewer
 BORDER = rb"[}\]]\s{0,64}[,\[]?\s{0,64}(?=\{\s{0,64}%s)"  # a missing comma, or a second array, makes one too
 BORDER_BYTES = 512  # more than it ever matches
 WRONG = b"wrong"
 
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"\s*")
+_COMMA = re.compile(r"\s*,")
 _REST_OF_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 _TOKEN = re.compile(rb'\s*(?:[^\s"{}\[\],:]+|(["{}\[\],:]))')
 _FIRST_KEY = re.compile(rb'[\s\[{,]*("[^"\\]{1,256}")')
 _ANY_BORDER = re.compile(BORDER % b'"')
 
-
-def _value(levels: int) -> bytes:
-    """A JSON value of so many levels of brackets. It can match in one way only, so a failure takes linear time too."""
-    string = rb'"%s"' % _REST_OF_STRING.pattern
-    value = scalar = rb'%s|[^\s"{}\[\],:]+' % string
-    for _ in range(levels):
-        members = rb"\{\s*(?:%s\s*:\s*(?:%s)\s*(?:,\s*|(?=\})))*\}" % (string, value)
-        items = rb"\[\s*(?:(?:%s)\s*(?:,\s*|(?=\])))*\]" % value
-        value = rb"%s|%s|%s" % (scalar, members, items)
-    return value
+Element = bytes | dict[str, Any] | Unreadable  # its text, or what the parser made of an object
 
 
-# A conversation is an object with a list of objects: 3 levels. Each level more makes it twice as long.
-_VALUE = re.compile(_value(4), re.DOTALL)
-_ELEMENT = re.compile(rb"\s*(%s)\s*," % _value(5), re.DOTALL)
+def elements(text: bytes, pieces: Iterator[bytes], longest: int = LONGEST) -> Iterator[tuple[int, Element]]:
+    """Of what follows an array's `[` (`text`, then `pieces`), each element with its number from 1.
 
-
-def elements(
-    text: bytes, pieces: Iterator[bytes], longest: int = LONGEST
-) -> Iterator[tuple[int, bytes | Unreadable]]:
-    """Of what follows an array's `[` (`text`, then `pieces`), each element's number from 1 and its bytes, or why there are
-    none. One of more than `longest` bytes is passed over. (0, "empty file") where the array holds none."""
+    One of more than `longest` bytes is passed over. (0, "empty file") where the array holds none.
+    """
     array, number = _Array(text, pieces, longest), 0
     for number, data in enumerate(array, 1):
         yield number, data
@@ -60,20 +54,36 @@ class _Array:
         self._text, self._at = text, 0  # what lies in memory, and where in it the next element begins
         self._pieces, self._longest = pieces, longest
         self._read, self._read_again = len(text), 0  # bytes
+        self._window = self._most = min(WINDOW_MOST, longest)
         self._ended = False
         self._damage: Unreadable | None = None  # of the file, named last
 
-    def __iter__(self) -> Iterator[bytes | Unreadable]:
+    def __iter__(self) -> Iterator[Element]:
         first = True
         while not self._ended:
-            while whole := _ELEMENT.match(self._text, self._at, self._at + READ):
-                self._at, first = whole.end(), False
-                yield whole[1]
-            for data in self._next(first):
+            for parsed in self._parsed():
                 first = False
-                yield data
+                yield parsed
+            for followed in self._next(first):
+                first = False
+                fits = 2 * len(followed) if isinstance(followed, bytes) else 0
+                self._window = min(max(fits, WINDOW_LEAST), self._most)
+                yield followed
         if self._damage:
             yield self._damage
+
+    def _parsed(self) -> Iterator[Element]:
+        """Elements up to the first that is not right, or not whole in a window."""
+        end = 1
+        while end:
+            if len(self._text) - self._at < self._window:
+                self._text, self._at = self._text[self._at :] + self._more(self._window), 0
+            text, end = _decoded(self._text[self._at : self._at + self._window]), 0
+            while whole := _parse(text, end):
+                value, begin, behind, end = whole
+                yield value if isinstance(value, dict) else text[begin:behind].encode()
+            self._at += len(text[:end].encode())
+            self._window = min(2 * self._window, self._most)
 
     def _next(self, first: bool) -> Iterator[bytes | Unreadable]:
         """The next element token by token, and what is wrong behind it."""
@@ -160,6 +170,25 @@ class _Array:
         return b"".join(got)
 
 
+def _decoded(window: bytes) -> str:
+    """Up to the first byte that is no UTF-8."""
+    try:
+        return utf_8_decode(window, "strict", False)[0]  # may end within a character
+    except UnicodeDecodeError as e:
+        return window[: e.start].decode()
+
+
+def _parse(text: str, at: int) -> tuple[Any, int, int, int] | None:
+    """The value that begins at `at`, where, where it ends, and where the comma behind it does."""
+    begin = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+    try:
+        value, behind = _DECODER.raw_decode(text, begin)
+    except (ValueError, RecursionError):
+        return None
+    comma = _COMMA.match(text, behind)
+    return (value, begin, behind, comma.end()) if comma else None
+
+
 class _Lexer:
     """Follows one element from piece to piece. It keeps the brackets that are open, none of the text."""
 
@@ -195,11 +224,7 @@ class _Lexer:
             if mark == b'"':
                 self._in_string = True
             elif mark in b"{[":
-                # of the outermost that was tried before
-                if self._open and (value := _VALUE.match(text, at - 1, at + READ)):
-                    self._last, at = b"}", value.end()
-                else:
-                    self._open += mark
+                self._open += mark
             elif mark in b"}]":
                 self._open.pop()
         return at, b""

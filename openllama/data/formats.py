@@ -1,7 +1,8 @@
 """Records of one file, by its format: JSON lines, a JSON array, parquet, or the whole of a text.
 
 Each comes as (number, data): the line or the place in the file, from 1 (0: the file as a whole); the record as it lies
-there (the bytes of a JSON value, a parquet row as a dict, a text as a str), or why it cannot be used.
+there (the bytes of a JSON value; a parquet row, or what is parsed already, as a dict; a text as a str), or why it cannot
+be used.
 """
 
 from __future__ import annotations
