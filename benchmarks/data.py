@@ -28,7 +28,7 @@ from openllama.data.prepare import CORPORA, prepare
 from openllama.data.shards import read_shards
 from openllama.tokenizer import train
 
-FILES, COPIES = 16, 4  # of each corpus: several processes have work only where there is much to read
+FILES, COPIES = 32, 8  # of each corpus: several processes have work only where there is much to read
 CONTEXT, BATCHES = 2048, (8, 64)
 DOCUMENTS = 20_000_000  # to pack; a tenth of them for the twin
 SECONDS = 2.0  # that the loader is read for

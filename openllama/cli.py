@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,18 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: args.run(args))
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, a scheduler's notice: what cleans up after Ctrl-C does so after this."""
-
-
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with `main`'s exit code: how a script of ours runs. See `exit_code`."""
-    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(exit_code(main))
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated
 
 
 def exit_code(main: Callable[[], int | None]) -> int:
@@ -55,10 +45,9 @@ def exit_code(main: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `openllama summary 65b | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
         return 141  # what a shell says of a program that SIGPIPE ended
-    except KeyboardInterrupt as e:
-        what, code = ("SIGTERM", 143) if isinstance(e, Terminated) else ("Ctrl-C", 130)  # as a shell says it
-        print(f"stopped by {what}; what takes long goes on from where it was when run again", file=sys.stderr)
-        return code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; what takes long goes on from where it was when run again", file=sys.stderr)
+        return 130  # what a shell says of a program that SIGINT ended
     except (ValueError, TypeError, OSError, FloatingPointError) as e:
         error, text = e, str(e)
     except ModuleNotFoundError as e:

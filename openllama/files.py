@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, a user's share of it
+
+
 @contextmanager
 def file_written_aside(path: str | Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` only when the block ends without an error, else nothing.
@@ -87,15 +90,18 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     held.
     """
     path = Path(folder) / ".lock"
+    new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _locked(path)
     try:
         yield
     finally:
-        path.unlink(
-            missing_ok=True
-        )  # while it is held: `_locked` notices that its file is gone, and makes another
+        # while it is held: `_locked` notices that its file is gone, and makes another
+        path.unlink(missing_ok=True)
         os.close(descriptor)
+        if new:
+            with suppress(OSError):  # that it holds something
+                path.parent.rmdir()
 
 
 @contextmanager
@@ -104,7 +110,7 @@ def goes_on_after_full_disk(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno != errno.ENOSPC:
+        if e.errno not in FULL:
             raise
         raise OSError(
             e.errno, f"{folder}: the disk is full; free space and run again, it goes on where it was"
@@ -161,7 +167,7 @@ def _move_into_place(aside: Path, folder: Path) -> None:
 
 def _name_full_disk(path: Path, error: BaseException) -> None:
     # safetensors hands on the system's error as text only
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+    if getattr(error, "errno", None) in FULL or "No space left" in str(error):
         raise OSError(
             errno.ENOSPC, f"{path}: the disk is full, nothing of this is kept; free space, run again"
         ) from error

@@ -11,6 +11,7 @@ from .lines import Unreadable
 
 Document = dict[str, Any]
 
+LONGEST_CATEGORY = 256  # bytes; a longer one is no kind of text, and manifests hold all of them
 EXAMPLES = 20  # of each reason, kept with file and line; the rest is only counted
 
 
@@ -84,6 +85,8 @@ def document(data: Data, fields: Fields, category: str, path: str) -> Document:
         raise Unreadable("empty")
     if not (_encodable(text) and _encodable(category)):
         raise Unreadable("lone surrogate", "not valid Unicode")
+    if len(category.encode()) > LONGEST_CATEGORY:
+        raise Unreadable("category too long", f"takes at most {LONGEST_CATEGORY} bytes")
     return {"text": text, "meta": {"category": category, "path": path}}
 
 

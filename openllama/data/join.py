@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from openllama.files import read_json
 
 from .documents import Damage
+from .journal import changed
 from .lines import Unreadable, lines
 from .pool import ordered_map
-from .shards import MANIFEST, PartWriter, ShardWriter, part_name
+from .shards import MANIFEST, PartWriter, part_name, write_manifest
 from .unit import OPEN, Made, Options, Unit
 
 
@@ -61,8 +62,7 @@ def join(
         work = [Joined(folder / f"joined-{split}-{i:05d}", s) for i, s in enumerate(_slices(short, size))]
         for joined, entry in zip(work, ordered_map(_write, work, min(processes, len(work)), (size,))):
             shards.append(_renamed(joined.folder, entry, place, len(shards)))
-        with ShardWriter(place, settings | {"split": split}, size, damage, shards):
-            pass  # the manifest
+        write_manifest(place, shards, damage, settings | {"split": split})
 
 
 def _renamed(source: Path, entry: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _renamed(source: Path, entry: dict[str, Any], folder: Path, number: int) -> 
     if path.exists():
         os.replace(path, place)
     if not place.exists() or place.stat().st_size != entry["bytes"]:
-        raise ValueError(f"{path}: not as the interrupted run left it; remove {folder.parent} to start anew")
+        raise changed(path, folder.parent)
     return entry
 
 

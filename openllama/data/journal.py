@@ -61,12 +61,7 @@ class Journal:
             (folder / name).unlink()
         for i, shard in enumerate(shards):
             if shard["name"] != part_name(i) or found.get(shard["name"]) != shard["bytes"]:
-                raise self._changed(folder / shard["name"])
-
-    def _changed(self, path: Path) -> ValueError:
-        return ValueError(
-            f"{path}: not as the interrupted run left it; remove {self.folder.parent} to start anew"
-        )
+                raise changed(folder / shard["name"], self.folder.parent)
 
     # ------------------------------------------------------------ held-out documents of the open part
 
@@ -76,7 +71,7 @@ class Journal:
             self._part = held["part"]
             kept = self._held_path(self._part)
             if not kept.exists() or kept.stat().st_size < held["bytes"]:
-                raise self._changed(kept)
+                raise changed(kept, self.folder.parent)
             self._held = kept.open("r+b")
             self._held.truncate(held["bytes"])
         for path in self.folder.glob(self._held_path("*").name):
@@ -129,6 +124,11 @@ class Journal:
         with self.path.open("ab") as file:
             file.write(_line(line))
             _sync(file)
+
+
+def changed(path: Path, folder: Path) -> ValueError:
+    """The error of a part that an interrupted run made, in its `folder`."""
+    return ValueError(f"{path}: not as the interrupted run left it; remove {folder} to start anew")
 
 
 def _sync(file: BinaryIO) -> None:

@@ -36,9 +36,18 @@ def has_ending(path: str | Path, endings: str | tuple[str, ...]) -> bool:
     return str(path).lower().endswith(endings)
 
 
+def _holds_files(folder: Path) -> bool:
+    """Not so where a disk was unmounted, with all files that are still to be read."""
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False
+
+
 def unreadable(path: str | Path, error: OSError) -> Unreadable:
     """Why `path` alone cannot be read. Raises OSError for what other files may have too: each would be passed over."""
-    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+    alone = (PermissionError, IsADirectoryError, *([FileNotFoundError] if _holds_files(Path(path).parent) else []))
+    if isinstance(error, alone):
         return Unreadable("cannot be read", error.strerror or str(error))
     raise OSError(
         error.errno,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -9,12 +10,13 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
+PR_SET_PDEATHSIG = 1  # prctl(2)
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
@@ -39,7 +41,7 @@ def ordered_map(
     """`function(item, *shared)` of each item, in order; items are fetched only a little ahead of the results.
 
     With 1 process it all happens here. `function` must be one of a module, `shared` is sent once a process. Raises
-    ChildProcessError where a process dies, and whatever `function` raises.
+    ChildProcessError where a process dies, and whatever `function` raises, once it does.
     """
     if processes == 1:
         yield from (function(item, *shared) for item in work)
@@ -48,14 +50,15 @@ def ordered_map(
     stop = context.Event()
     pool = ProcessPoolExecutor(processes, context, _start, (function, shared, stop))
     waiting: deque[Future[Result]] = deque()
-    with _no_main_module(), pool:
+    with _no_main_module(), _sigterm_as_exit(), pool:
         try:
             for item in work:
-                waiting.append(pool.submit(_call, item))
+                with _signals_held():  # a process that starts would end with a traceback of its own
+                    waiting.append(pool.submit(_call, item))
                 if len(waiting) > 4 * processes:
-                    yield waiting.popleft().result()
+                    yield _first(waiting)
             while waiting:
-                yield waiting.popleft().result()
+                yield _first(waiting)
         except BrokenProcessPool:
             raise ChildProcessError(
                 f"one of {processes} worker processes was killed, perhaps for the memory it took; run again with fewer "
@@ -64,6 +67,43 @@ def ordered_map(
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)  # and waits: no worker may write once the caller goes on
+
+
+def _first(waiting: deque[Future[Result]]) -> Result:
+    """The oldest result; but the error of any, which need not wait for it."""
+    while not waiting[0].done():
+        wait([future for future in waiting if not future.done()], return_when=FIRST_COMPLETED)
+        for future in waiting:
+            if future.done() and (error := future.exception()):
+                raise error
+    return waiting.popleft().result()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """A scheduler's notice ends the workers too, and in order."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 _stop: Any = None  # in a worker, the event that `ordered_map` sets
@@ -77,14 +117,14 @@ def stopping() -> bool:
 def _start(function: Callable[..., Any], shared: tuple[Any, ...], stop: Any) -> None:
     global _function, _shared, _stop
     _function, _shared, _stop = function, shared, stop
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all: the process that hands out work ends it
+    # Ctrl-C reaches all: the process that hands out work ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also of one that is stopped, as by SIGSTOP
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
-    """After a SIGKILL of the parent nothing else would tell a worker that no more work is to come."""
+    """Where the parent was killed before this worker asked to be told."""
     parent = parent_process()
     assert parent is not None
     parent.join()

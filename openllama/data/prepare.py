@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from openllama.files import goes_on_after_full_disk, read_json, sole_writer, write_json
 
-from .documents import Damage, Fields
+from .documents import Damage, DamagedData, Fields
 from .join import join
 from .journal import JOURNAL, TRAIN, VALID
 from .pool import ordered_map, process_count
@@ -81,6 +81,9 @@ def prepare(
         raise ValueError(f"max_bytes: got {max_bytes}, takes a whole number of at least 1, or None for all")
     if not 0 <= valid_share < 1:
         raise ValueError(f"valid_share: got {valid_share}, takes a number from 0 to below 1")
+    if lines_per_shard < 1:
+        raise ValueError(f"lines_per_shard: got {lines_per_shard}, takes a whole number of at least 1")
+    Damage(on_damage)  # raises where it is neither
     opened, out = open_source(source, fields), Path(out)
     if isinstance(opened, FileSource) and out.resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(
@@ -100,9 +103,12 @@ def prepare(
     }
     splits = [TRAIN, VALID] if valid_share else [TRAIN]
     options = Options(fields, splits, max_bytes, valid_share, settings["on_damage"], lines_per_shard)
-    rate = None
-    with sole_writer(out), goes_on_after_full_disk(out):
-        if not (manifests := _complete(out, splits, settings)):
+    rate, manifests = None, {}
+    if not (out / UNFINISHED).exists():
+        manifests = _complete(out, splits, settings)  # by a lock, a folder that others may only read could not be reused
+    if not manifests:
+        processes = process_count(processes, opened.size or 0, BYTES_PER_PROCESS)
+        with sole_writer(out), goes_on_after_full_disk(out):
             rate = _write(opened, out, settings, options, processes, progress)
             manifests = _complete(out, splits, settings)
     made = list(manifests.values())
@@ -112,7 +118,7 @@ def prepare(
         "valid": manifests.get(VALID),
         "documents": sum(m["lines"] for m in made),
         "text_bytes": sum(m["text_bytes"] for m in made),
-        "passed_over": opened.passed_over,
+        "passed_over": dict(opened.passed_over),
         "rate": rate,
     }
 
@@ -136,28 +142,23 @@ def _complete(out: Path, splits: list[str], settings: dict[str, Any]) -> dict[st
 
 
 def _write(
-    source: Source,
-    out: Path,
-    settings: dict[str, Any],
-    options: Options,
-    processes: int | None,
-    progress: bool,
-) -> float:
-    """Bytes of text a second."""
+    source: Source, out: Path, settings: dict[str, Any], options: Options, processes: int, progress: bool
+) -> float | None:
+    """Bytes of text a second; None where another run has just finished, or was interrupted at its very end."""
     folder, limit = out / UNFINISHED, options.max_bytes
-    for split in options.splits:  # an older result that cannot be reused is an error before any work
-        reusable(out / split, settings | {"split": split})
-    processes = process_count(processes, source.size or 0, BYTES_PER_PROCESS)
-    sources = [source] if limit else source.units()  # where a limit cuts off is only known in order
-    units = [Unit(part, folder / f"unit-{i:05d}") for i, part in enumerate(sources)]
     _begin(folder, settings, source.listing())
+    sources = [source] if limit else source.units()  # where a limit cuts off is only known in order
+    units = [Unit(i, part, folder / f"unit-{i:05d}") for i, part in enumerate(sources)]
     start = time.perf_counter()
     try:
-        with shared_bar(f"reading {source.name}", limit or source.size, progress) as read:
+        if _complete(out, options.splits, settings):
+            return None
+        with shared_bar(f"reading {source.name}", limit or source.size, len(units), progress) as read:
             made = list(ordered_map(make, units, min(processes, len(units)), (options, read)))
-    except BaseException:
-        if not any(folder.glob(f"*/{JOURNAL}")):
-            shutil.rmtree(folder)  # nothing in it that a later run could use
+    except BaseException as e:
+        # what cannot be used again: with the source repaired, or on_damage changed, it is another run
+        if isinstance(e, DamagedData) or not any(folder.glob(f"*/{JOURNAL}")):
+            shutil.rmtree(folder)
         raise
     _check_not_empty(source, out, made, options)
     join(folder, settings, options, units, made, _damage(made), processes)

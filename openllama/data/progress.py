@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
-Counter = Any  # a shared 64-bit integer of multiprocessing
-TOLD = 1 << 20  # bytes after which a process tells the others how far it is
-LOOKED = 0.2  # seconds between two looks at a counter
+# Shared 64-bit integers of multiprocessing, one for each part of the work: no lock, which a process that is killed might hold.
+Counts = Any
+LOOKED = 0.2  # seconds between two looks at them
 
 
 @contextmanager
@@ -35,15 +35,15 @@ def bar(label: str, total: int | None, shown: bool = True) -> Iterator[Callable[
 
 
 @contextmanager
-def shared_bar(label: str, total: int | None, shown: bool = True) -> Iterator[Counter]:
-    """Yields a counter of bytes, to be handed to other processes: see `counted`."""
-    counter, ended = get_context("spawn").Value("q", 0), threading.Event()
+def shared_bar(label: str, total: int | None, parts: int, shown: bool = True) -> Iterator[Counts]:
+    """Yields the counts of bytes of so many parts of the work, to be handed to other processes: see `counted`."""
+    counts, ended = get_context("spawn").RawArray("q", parts), threading.Event()
 
     def look(advance: Callable[[int], None]) -> None:
         seen, last = 0, False
         while not last:
             last = ended.wait(LOOKED)
-            now = counter.value
+            now = sum(counts)
             advance(now - seen)
             seen = now
 
@@ -51,30 +51,7 @@ def shared_bar(label: str, total: int | None, shown: bool = True) -> Iterator[Co
         watcher = threading.Thread(target=look, args=(advance,), daemon=True)
         watcher.start()
         try:
-            yield counter
+            yield counts
         finally:
             ended.set()
             watcher.join()
-
-
-@contextmanager
-def counted(counter: Counter, stopping: Callable[[], bool]) -> Iterator[Callable[[int], None]]:
-    """Yields a function that adds bytes to a counter, now and then. It raises InterruptedError where `stopping`."""
-    held = 0
-
-    def flush() -> None:
-        nonlocal held
-        with counter.get_lock():
-            counter.value += held
-        held = 0
-
-    def advance(count: int) -> None:
-        nonlocal held
-        held += count
-        if held >= TOLD:
-            flush()
-            if stopping():
-                raise InterruptedError
-
-    yield advance
-    flush()

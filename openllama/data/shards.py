@@ -57,10 +57,6 @@ class PartWriter:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def empty(self) -> bool:
-        return not self.shards and not self.open
-
     def write(self, document: Document) -> bool:
         """Whether this document completed a part."""
         return self.write_line(encode(document), document["meta"]["category"], len(document["text"].encode()))
@@ -130,34 +126,34 @@ class ShardWriter(PartWriter):
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        settings: dict[str, Any],
-        lines_per_shard: int = LINES_PER_SHARD,
-        damage: Damage | None = None,
-        finished: Sequence[dict[str, Any]] = (),
+        self, folder: str | Path, settings: dict[str, Any], lines_per_shard: int = LINES_PER_SHARD
     ) -> None:
-        super().__init__(folder, lines_per_shard, finished)
-        self.settings, self.damage = settings, damage or Damage()
-        self.manifest: dict[str, Any] = {}
+        super().__init__(folder, lines_per_shard)
+        self.settings = settings
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         super().__exit__(kind, error, trace)
-        if error is not None:
-            return
-        if not self.shards:
-            raise ValueError(f"{self.folder}: the corpus is empty, takes at least one document")
-        categories = _add_up(shard["categories"] for shard in self.shards)
-        self.manifest = {
-            "version": VERSION,
-            "lines": sum(shard["lines"] for shard in self.shards),
-            "text_bytes": sum(counts["text_bytes"] for counts in categories.values()),
-            "shards": self.shards,
-            "categories": categories,
-            "damage": self.damage.to_dict(),
-            "settings": self.settings,
-        }
-        write_json(self.folder / MANIFEST, self.manifest)
+        if error is None:
+            write_manifest(self.folder, self.shards, Damage(), self.settings)
+
+
+def write_manifest(
+    folder: Path, shards: list[dict[str, Any]], damage: Damage, settings: dict[str, Any]
+) -> None:
+    """Completes a folder that holds `shards`. Raises ValueError where there are none."""
+    if not shards:
+        raise ValueError(f"{folder}: the corpus is empty, takes at least one document")
+    categories = _add_up(shard["categories"] for shard in shards)
+    manifest = {
+        "version": VERSION,
+        "lines": sum(shard["lines"] for shard in shards),
+        "text_bytes": sum(counts["text_bytes"] for counts in categories.values()),
+        "shards": shards,
+        "categories": categories,
+        "damage": damage.to_dict(),
+        "settings": settings,
+    }
+    write_json(folder / MANIFEST, manifest)
 
 
 def part_name(number: int) -> str:

@@ -133,6 +133,11 @@ class FileSource(Source):
                 digest.update(file.read(ENDS))
         return digest.hexdigest()[:16]
 
+    def listing(self) -> str:
+        """The files' times too: a file may have changed amid the bytes that its fingerprint takes."""
+        times = [path.stat().st_mtime_ns for path in self._paths]
+        return hashlib.sha256(f"{self.fingerprint}{times}".encode()).hexdigest()[:16]
+
     def units(self) -> list[Source]:
         """Files in a row, of some UNIT_BYTES."""
         least, most = UNIT_BYTES
@@ -156,9 +161,17 @@ class FileSource(Source):
             category = _printable(_category(path.name))
             file = _printable(str(path.relative_to(self._root)))
             number = after[1] if index == after[0] else 0
-            for n, data in records(path, number, self._fields.columns, advance):
+            left = self._sizes[index]
+
+            def told(count: int) -> None:
+                nonlocal left
+                left -= count
+                advance(count)
+
+            for n, data in records(path, number, self._fields.columns, told):
                 if (index, n) > after:
                     yield Record((index, n), data, category, file)
+            advance(left)  # of a damaged file, the rest
 
 
 class CodeSource(Source):
@@ -237,6 +250,8 @@ class HubSource(Source):
             ) from None
 
     def records(self, after: Place, advance: Advance) -> Iterator[Record]:
+        from datasets.exceptions import DatasetsError
+
         rows = self._opened(lambda builder: builder.as_streaming_dataset(self._split))
         done = after[1] if after[0] == 0 else 0
         number, category = done, Path(self._path).name
@@ -245,11 +260,16 @@ class HubSource(Source):
             number += 1
             try:
                 row = next(stream, None)
-            except Exception as e:  # as above; the stream cannot go on after it
+            except (ValueError, DatasetsError) as e:  # of the data; the stream cannot go on after it
                 yield Record(
                     (0, number), Unreadable("cannot be read", f"{type(e).__name__}: {e}"), category, self.name
                 )
                 return
+            except Exception as e:  # of the network, of a disk: each library has its own
+                raise OSError(
+                    f"source: {self.name} broke off before row {number} ({type(e).__name__}: {e}); run again, it goes on "
+                    "where it was"
+                ) from None
             if row is None:
                 return
             yield Record((0, number), row, category, self.name)

@@ -20,14 +20,17 @@ from .documents import Damage, Fields, document
 from .journal import TRAIN, VALID, Journal
 from .lines import Unreadable
 from .pool import stopping
-from .progress import Counter, counted
+from .progress import Counts as Bytes
 from .shards import PartWriter, encode
 from .sources import START, Place, Source
 
+ASKED = 64  # records after which a process asks whether it is to stop
+MOST_CATEGORIES = 1 << 16  # that a token cache can number; each shard's entry in the manifest counts them
 OPEN = "open.json"  # of each split, the category and bytes of text of each line in its last, shorter shard
 
 
 class Unit(NamedTuple):
+    number: int
     source: Source
     folder: Path  # where its shards and its journal lie
 
@@ -75,11 +78,14 @@ def fraction(text: str, salt: str = "") -> float:
     return int.from_bytes(hashlib.sha256(f"{salt}{text}".encode()).digest()[:6], "big") / 2**48
 
 
-def make(unit: Unit, options: Options, read: Counter) -> Made:
+def make(unit: Unit, options: Options, read: Bytes) -> Made:
     """The unit's shards, after those that an interrupted run left. `read` counts as `prepare`'s bar does: bytes on the disk,
     or with a limit bytes of text. Raises InterruptedError when the pool is to stop."""
-    journal = Journal(unit.folder, options.splits)
-    with counted(read, stopping) as advance, closing(journal):
+
+    def advance(count: int) -> None:
+        read[unit.number] += count
+
+    with closing(Journal(unit.folder, options.splits)) as journal:
         if journal.done:
             advance((options.max_bytes and journal.done["counts"]["text_bytes"]) or unit.source.size or 0)
             return Made(**journal.done, before=journal.done["counts"]["text_bytes"])
@@ -108,9 +114,11 @@ def _fill(
         }
         for line in journal.held():
             writers[VALID].write(json.loads(line))
-        for place, data, category, file in unit.source.records(
-            counts.place, (lambda _: None) if limit else advance
-        ):
+        categories: set[str] = set()
+        records = unit.source.records(counts.place, (lambda _: None) if limit else advance)
+        for i, (place, data, category, file) in enumerate(records):
+            if i % ASKED == 0 and stopping():
+                raise InterruptedError
             counts.place, number = place, place[1]
             try:
                 made = document(data, fields, category, f"{file}:{number}" if number else file)
@@ -122,8 +130,14 @@ def _fill(
             if limit is not None and counts.text_bytes + size > limit:
                 break
             counts.documents, counts.text_bytes = counts.documents + 1, counts.text_bytes + size
+            categories.add(category)
+            if len(categories) > MOST_CATEGORIES:
+                raise ValueError(
+                    f"{unit.source.name}: over {MOST_CATEGORIES:,} categories, takes a key of fewer (a source, a kind of "
+                    f"text); got {fields.category!r}"
+                )
             line = encode(made)
-            if fraction(text) < options.valid_share:
+            if options.valid_share and fraction(text) < options.valid_share:
                 journal.hold(len(writers[VALID].shards), line)
                 writers[VALID].write_line(line, category, size)
             elif writers[TRAIN].write_line(line, category, size):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from openllama.data import join as join_module
+from openllama.data import prepare as prepare_module
 from openllama.data import sources, unit
 from openllama.data.documents import DamagedData, Fields
 from openllama.data.prepare import prepare
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def names(folder):
-    return sorted(p.name for p in folder.iterdir())
+    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
 
 
 @pytest.fixture
@@ -290,6 +292,7 @@ def test_one_run_at_a_time(files, tmp_path):
     out = tmp_path / "out"
     with sole_writer(out), pytest.raises(BlockingIOError, match=r"out: another run is writing here; wait"):
         quiet(files, out, **OPTIONS)
+    out.mkdir()
     (out / ".lock").touch()  # what a kill leaves holds nobody up
     assert not quiet(files, out, **OPTIONS)["reused"] and names(out) == ["train", "valid"]
 
@@ -322,7 +325,6 @@ def test_the_process_count_does_not_matter(files, tmp_path, monkeypatch):
 def test_an_error_ends_the_other_processes(files, tmp_path, monkeypatch):
     """A unit that takes minutes must not be waited for once another has failed."""
     monkeypatch.setattr(sources, "UNIT_BYTES", (1, 1))
-    monkeypatch.setattr("openllama.data.progress.TOLD", 1)
     with pytest.raises(DamagedData, match=r"0\.jsonl, line 1: missing key"):
         quiet(files, tmp_path / "out", processes=2, on_damage="raise", **OPTIONS)
 
@@ -373,14 +375,95 @@ def test_an_interrupted_run_of_other_settings_is_named(files, tmp_path, monkeypa
     quiet(files, tmp_path / "out", **OPTIONS)
 
 
-def test_a_kill_between_the_last_two_renames(source, tmp_path):
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_between_the_last_two_renames(source, tmp_path, monkeypatch, renames):
+    """Nothing is made again; and another run's settings are refused while that can still go on."""
     out = tmp_path / "out"
-    quiet(source, out)
-    wanted = content(out)
-    (out / ".unfinished").mkdir()
-    (out / "train").rename(out / ".unfinished/train")
+    quiet(source, tmp_path / "whole")
+    replace, left = os.replace, [renames]
+
+    def killed(old, new):
+        if Path(new).parent == out:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        quiet(source, out)
+    with pytest.raises(ValueError, match=r"\.unfinished: an interrupted run had other settings \(valid_share"):
+        quiet(source, out, valid_share=0.5)
     assert quiet(source, out)["reused"]
-    assert content(out) == wanted and names(out) == ["train", "valid"]
+    assert content(out) == content(tmp_path / "whole") and names(out) == ["train", "valid"]
+
+
+def test_finished_shards_on_a_read_only_disk_are_reused(source, tmp_path, monkeypatch):
+    quiet(source, tmp_path / "out")
+    monkeypatch.setattr(prepare_module, "sole_writer", None)
+    assert quiet(source, tmp_path / "out")["reused"]
+
+
+def test_after_damage_that_is_fatal_either_advice_can_be_taken(files, tmp_path):
+    for repaired in (False, True):
+        with pytest.raises(DamagedData, match="repair or remove it, or pass on_damage='skip'"):
+            quiet(files, tmp_path / "out", on_damage="raise", **OPTIONS)
+        assert names(tmp_path) == ["raw"]
+        if repaired:
+            for path in files.iterdir():
+                path.write_text(path.read_text().replace("{}", '{"body": "b", "kind": "k"}'))
+    assert quiet(files, tmp_path / "out", on_damage="raise", **OPTIONS)["documents"] == 285
+
+
+def test_a_change_amid_a_file_of_one_size_ends_a_resumed_run(tmp_path, monkeypatch):
+    """The fingerprint takes the ends of files only: enough for what is finished, not for going on in it."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": f"{i:06d} " * 40}) + "\n" for i in range(1500)]
+    path.write_text("".join(lines))
+    interrupted_run(path, tmp_path / "out", monkeypatch, 700, lines_per_shard=16)
+    path.write_text("".join([*lines[:300], *lines[600:900], *lines[300:600], *lines[900:]]))
+    with pytest.raises(ValueError, match="the files of a.jsonl are others than when the run was interrupted"):
+        quiet(path, tmp_path / "out", lines_per_shard=16)
+
+
+@pytest.mark.parametrize("names_too", [True, False])
+def test_a_source_that_goes_away_is_not_taken_for_damage(files, tmp_path, monkeypatch, names_too):
+    """A disk that is unmounted takes all files with it: the run stops, and goes on when they are back."""
+    quiet(files, tmp_path / "whole", **OPTIONS)
+    away, document, left = tmp_path / "away", unit.document, [100]
+
+    def vanishing(*args):
+        left[0] -= 1
+        if not left[0]:
+            shutil.copytree(files, away)
+            for path in files.iterdir():
+                path.unlink()
+            if names_too:
+                files.rmdir()
+        return document(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unit, "document", vanishing)
+        with pytest.raises(OSError, match=r"raw/2\.jsonl: No such file .*run again: it goes on where it was"):
+            quiet(files, tmp_path / "out", **OPTIONS)
+    files.mkdir(exist_ok=True)
+    for path in away.iterdir():
+        shutil.copy2(path, files)
+    assert content(tmp_path / "whole") == content_of_run(files, tmp_path / "out")
+
+
+def content_of_run(files, out):
+    shutil.rmtree(out / ".unfinished", ignore_errors=True)  # the copies have times of their own
+    quiet(files, out, **OPTIONS)
+    return content(out)
+
+
+def test_a_key_that_is_no_category_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(unit, "MOST_CATEGORIES", 100)
+    rows = [{"text": f"{i} text", "url": f"https://x.y/{i}"} for i in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"over 100 categories, takes a key of fewer .*; got 'url'"):
+        quiet(tmp_path / "a.jsonl", tmp_path / "out", fields=Fields(("text",), "url"))
 
 
 def test_counts_by_category(files, tmp_path):
