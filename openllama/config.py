@@ -71,11 +71,17 @@ class ModelConfig:
         return from_dict(cls, read_json(path), str(path))
 
 
+LISTED = 100  # choices in a message
+
+
 def nearest(name: str, choices: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?` for the choice closest to `name`, or the list of all choices."""
     choices = list(choices)
     close = difflib.get_close_matches(name, choices, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; takes one of {', '.join(sorted(choices))}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    listed = sorted(choices)[:LISTED] + (["..."] if len(choices) > LISTED else [])
+    return f"; takes one of {', '.join(listed)}"
 
 
 def from_dict(cls: type[T], values: dict[str, Any], source: str) -> T:

@@ -6,7 +6,6 @@ python train/inspect_data.py --config train/configs/tiny.yaml --packs 3
 from __future__ import annotations
 
 import argparse
-from itertools import islice
 
 from openllama import cli
 
@@ -22,7 +21,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--characters", type=int, default=300, help="of each document's beginning and end (default: 300)"
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:
@@ -51,13 +50,13 @@ def main() -> None:
         f"{loader.packs:,} packs of {config.context} an epoch, {loader.targets_per_epoch:,} labels, "
         f"{loader.padding_share:.2%} padding; fingerprint {loader.state_dict()['fingerprint'][:12]}"
     )
-    for pack, batch in zip(loader.order(args.epoch)[: args.packs], islice(loader, args.packs)):
-        show(console, loader, int(pack), batch, tokenizer, args.characters)
+    order = zip(loader.order(args.epoch)[: args.packs], loader.draws(args.epoch), loader)
+    for pack, draw, batch in order:
+        show(console, loader, pack, loader.pieces(int(draw)), batch, tokenizer, args.characters)
 
 
-def show(console, loader, pack: int, batch, tokenizer, characters: int) -> None:
+def show(console, loader, pack: int, pieces, batch, tokenizer, characters: int) -> None:
     """One pack: a rule, then each piece under the line that says whose it is."""
-    pieces = loader.pieces(pack)
     padding = loader.context - batch.targets
     console.rule(f"pack {pack}: {len(pieces)} pieces, {padding} of {loader.context} tokens are padding")
     for piece, begin in zip(pieces, batch.cu_seqlens.tolist()):

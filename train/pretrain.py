@@ -16,7 +16,7 @@ def main() -> int:
         "--config", required=True, help="YAML file of openllama/training/config.py's TrainConfig"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     from openllama.config import load
     from openllama.training.config import TrainConfig
     from openllama.training.faults import stop_with_launcher

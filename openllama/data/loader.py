@@ -82,8 +82,8 @@ class PackedLoader:
                 raise ValueError(f"{name}: got {value}, takes a whole number of at least 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: got {rank}, takes 0 to world_size - 1 = {world_size - 1}")
-        if seed < 0:
-            raise ValueError(f"seed: got {seed}, takes a whole number of at least 0")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed: got {seed}, takes a whole number from 0 to below 2^32")
         self.sources = {"": sources} if isinstance(sources, TokenCache) else dict(sources)
         self.context, self.batch, self.seed = context, batch, seed
         self.rank, self.world_size, self.shuffle = rank, world_size, shuffle
@@ -93,13 +93,10 @@ class PackedLoader:
         self._tokens = [cache.ids for cache in self.sources.values()]
         self._packs, self._groups = pack_sources(self.sources, context, self.mix, long, keep)
         self._count = len(self._packs.first) - 1
-        if not any(self._taken(group, 0) for group in range(len(self._groups))):
-            raise ValueError(
-                f"sources: got {self._count} packs, of which an epoch takes none (mix: {self.mix}); "
-                "give longer documents or larger weights"
-            )
+        if not self._count:
+            raise ValueError("sources: got no document of two tokens or more, which one label takes; give more text")
         self.epoch = self.next_pack = 0
-        self._drawn, self._drawn_epoch = self._draws(0), 0
+        self._drawn, self._drawn_epoch = self.draws(0), 0
 
     def _taken(self, group: int, epoch: int) -> range:
         """Of a group's endless row of packs, shuffled anew each turn, those of an epoch."""
@@ -109,7 +106,10 @@ class PackedLoader:
     @property
     def packs(self) -> int:
         """Packs in this epoch; with a mix, epochs may differ by one a group."""
-        return sum(len(self._taken(group, self.epoch)) for group in range(len(self._groups)))
+        return self._size(self.epoch)
+
+    def _size(self, epoch: int) -> int:
+        return sum(len(self._taken(group, epoch)) for group in range(len(self._groups)))
 
     @property
     def targets_per_epoch(self) -> int:
@@ -131,20 +131,24 @@ class PackedLoader:
         return self
 
     def __next__(self) -> Batch:
-        while self.next_pack >= self.packs:  # an epoch of a few packs with small weights may take none
+        self._draw()
+        while self.next_pack >= len(self._drawn):  # an epoch of a few packs with small weights may take none
             self.epoch, self.next_pack = self.epoch + 1, 0
-        if self._drawn_epoch != self.epoch:
-            self._drawn, self._drawn_epoch = self._draws(self.epoch), self.epoch
+            self._draw()
         made = self._make(self._drawn, self.next_pack)
-        self.next_pack = min(self.next_pack + self.world_size * self.batch, self.packs)
+        self.next_pack = min(self.next_pack + self.world_size * self.batch, len(self._drawn))
         return made
+
+    def _draw(self) -> None:
+        if self._drawn_epoch != self.epoch:
+            self._drawn, self._drawn_epoch = self.draws(self.epoch), self.epoch
 
     def one_epoch(self) -> Iterator[Batch]:
         """This rank's batches of epoch 0, always the same, without touching the loader's state: for validation.
 
         Its first batches are a fair sample of the corpus, for epoch 0 is shuffled too (unless shuffle is off).
         """
-        draws = self._draws(0)
+        draws = self.draws(0)
         for first in range(0, len(draws), self.world_size * self.batch):
             yield self._make(draws, first)
 
@@ -167,18 +171,18 @@ class PackedLoader:
                     "the state was saved with, or start without it"
                 )
         epoch, next_pack = state.get("epoch", -1), state.get("next_pack", -1)
-        before = self.epoch
-        self.epoch = max(epoch, 0)
-        if epoch < 0 or not 0 <= next_pack <= self.packs:
-            self.epoch, packs = before, self.packs
+        whole = type(epoch) is type(next_pack) is int
+        if not whole or epoch < 0 or not 0 <= next_pack <= self._size(epoch):
             raise ValueError(
-                f"loader state: got epoch {epoch}, next_pack {next_pack}, takes at most {packs} packs"
+                f"loader state: got epoch {epoch!r}, next_pack {next_pack!r}, takes whole numbers within the epoch's packs"
             )
-        self.next_pack = next_pack
+        self.epoch, self.next_pack = epoch, next_pack
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "fingerprint": " ".join(cache.fingerprint for cache in self.sources.values()),
+            "fingerprint": " ".join(
+                f"{name}={cache.fingerprint}" if name else cache.fingerprint for name, cache in self.sources.items()
+            ),
             "context": self.context,
             "seed": self.seed,
             "shuffle": self.shuffle,
@@ -188,9 +192,9 @@ class PackedLoader:
 
     def order(self, epoch: int) -> np.ndarray:
         """The numbers of an epoch's packs: a weight of 0.5 takes every pack of its group once in two epochs."""
-        return self._draws(epoch) % self._count
+        return self.draws(epoch) % self._count
 
-    def _draws(self, epoch: int) -> np.ndarray:
+    def draws(self, epoch: int) -> np.ndarray:
         """An epoch's packs, each as turn * count + number: how often its group was gone through before, and which."""
         parts = [np.empty(0, np.int64)]
         for i, group in enumerate(self._groups):
@@ -204,18 +208,26 @@ class PackedLoader:
             return draws
         return draws[self._permutation(len(draws), epoch, len(self._groups))]
 
-    def pieces(self, pack: int) -> list[Piece]:
-        """What a pack is made of. A sampled piece is given at its earliest start."""
-        found, caches = [], list(self.sources.items())
+    def pieces(self, draw: int) -> list[Piece]:
+        """What a pack is made of, as one of `draws` takes it."""
+        turn, pack = divmod(int(draw), self._count)
+        key, found, caches = self._key(turn), [], list(self.sources.items())
         base = np.cumsum([0, *(cache.tokens for _, cache in caches)])
         for i in range(int(self._packs.first[pack]), int(self._packs.first[pack + 1])):
             at = int(self._packs.source[i])
+            if len(self._packs.slack) and (slack := int(self._packs.slack[i])):
+                at += mixed(key ^ mixed(i)) % (slack + 1)
             file = int(np.searchsorted(base, at, side="right")) - 1
             name, cache = caches[file]
-            document = int(np.searchsorted(cache.offsets, at - base[file], side="right")) - 1
-            start = int(at - base[file] - int(cache.offsets[document]))
+            offsets = cache.offsets.view(np.int64)  # as uint64, all of it would become floats first
+            document = int(np.searchsorted(offsets, at - base[file], side="right")) - 1
+            start = int(at - base[file] - offsets[document])
             found.append(Piece(name, document, start, int(self._packs.length[i])))
         return found
+
+    def _key(self, turn: int) -> int:
+        """Fixes where sampled pieces start: elsewhere in each turn, so that no two takes of a document need be alike."""
+        return mixed(mixed(self.seed) ^ turn)
 
     def _permutation(self, count: int, turn: int, group: int) -> np.ndarray:
         """RandomState, not Generator: only its streams are promised to stay the same in later numpy
@@ -229,8 +241,7 @@ class PackedLoader:
         """This rank's batch of the group that starts at number `first` of `draws`."""
         mine = first + self.rank * self.batch
         turns, packs = np.divmod(draws[mine : mine + self.batch], self._count)
-        key = mixed(self.seed % 2**64)  # with the turn, so that no two takes of a long document need be alike
-        keys = np.array([mixed(key ^ turn) for turn in turns.tolist()], np.uint64)
+        keys = np.array([self._key(turn) for turn in turns.tolist()], np.uint64)
         ids, labels, positions, cu_seqlens, max_seqlen, targets = fill(
             self._tokens, self._packs, packs, self.batch, self.context, self._pad, keys
         )

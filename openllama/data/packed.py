@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from openllama.files import folder_written_aside, read_json, write_json
+from openllama.config import nearest
+from openllama.files import folder_written_aside, read_json, sole_writer, write_json
 
 from .cache import TokenCache
 from .pack import Packs, pack
@@ -48,15 +49,21 @@ def pack_sources(
     if keep is None:
         return _pack_groups(sources, context, mix, long)
     made_from = {
-        "sources": [cache.fingerprint for cache in sources.values()],
+        "sources": [[name, cache.fingerprint] for name, cache in sources.items()],
         "context": context,
         "mix": dict(mix),
         "long": long,
     }
     keep = Path(keep)
-    if _kept(keep) != made_from:
-        _write(keep, _pack_groups(sources, context, mix, long), made_from)
-    return _open(keep)
+    if found := _open(keep, made_from):
+        return found
+    with sole_writer(keep.parent):
+        if not (found := _open(keep, made_from)):  # by a run that has just ended
+            _write(keep, _pack_groups(sources, context, mix, long), made_from)
+            found = _open(keep, made_from)
+    if not found:
+        raise OSError(f"{keep}: cannot be read, though just written; check the disk")
+    return found
 
 
 def _pack_groups(
@@ -111,7 +118,7 @@ def check_mix(mix: Mapping[str, float], categories: Mapping[str, Iterable[str]])
     known = {key for source, of_source in categories.items() for key in _names(source, of_source)}
     for key, weight in mix.items():
         if key not in known:
-            raise ValueError(f"mix: got {key!r}, takes names of {', '.join(sorted(known))}")
+            raise ValueError(f"mix: got {key!r}, no source or category{nearest(key, known)}")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1000:
             raise ValueError(f"mix: got {weight!r} for {key}, takes a number from 0 to 1000")
     if not any(weight_of(mix, source, c) for source, of_source in categories.items() for c in of_source):
@@ -128,24 +135,42 @@ def _names(source: str, categories: Iterable[str]) -> Iterator[str]:
 # ---------------------------------------------------------------- files
 
 
-def _kept(folder: Path) -> dict[str, Any] | None:
-    """What the packs in `folder` were made from."""
-    if not (folder / INDEX).exists():
-        return None
-    index = read_json(folder / INDEX)
-    return index.get("made_from") if index.get("version") == VERSION else None
+_DTYPES = {"source": np.int64, "length": np.int32, "slack": np.int64, "first": np.int64}
 
 
 def _write(folder: Path, packed: Packed, made_from: dict[str, Any]) -> None:
     size = sum(array.nbytes for array in packed.packs)
-    with folder_written_aside(folder, size, lambda old: (old / INDEX).exists()) as aside:
+    with folder_written_aside(folder, size, _replaceable) as aside:
         for name, array in packed.packs._asdict().items():
-            np.save(aside / f"{name}.npy", array)
+            with (aside / f"{name}.bin").open("wb") as file:
+                file.write(memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b"")
         groups = [[str(g.weight), *g[1:]] for g in packed.groups]
         write_json(aside / INDEX, {"version": VERSION, "made_from": made_from, "groups": groups})
 
 
-def _open(folder: Path) -> Packed:
-    groups = [Group(Fraction(weight), *counts) for weight, *counts in read_json(folder / INDEX)["groups"]]
-    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in Packs._fields)
-    return Packed(Packs(*arrays), groups)
+def _replaceable(folder: Path) -> bool:
+    return {path.name for path in folder.iterdir()} <= {INDEX, *(f"{name}.bin" for name in _DTYPES)}
+
+
+def _open(folder: Path, made_from: dict[str, Any]) -> Packed | None:
+    """The packs in `folder`; None where they were made from something else, or are damaged: they can be made again."""
+    try:
+        index = read_json(folder / INDEX, VERSION, ("made_from", "groups"))
+        groups = [Group(Fraction(weight), *map(int, counts)) for weight, *counts in index["groups"]]
+        packs = Packs(**{name: _mapped(folder / f"{name}.bin", dtype) for name, dtype in _DTYPES.items()})
+    except (OSError, ValueError, TypeError):
+        return None
+    pieces, count = len(packs.length), sum(group.count for group in groups)
+    whole = (
+        len(packs.source) == pieces
+        and len(packs.slack) in (0, pieces)
+        and len(packs.first) == count + 1
+        and packs.first[-1] == pieces
+    )
+    return Packed(packs, groups) if whole and index["made_from"] == made_from else None
+
+
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)

@@ -11,11 +11,10 @@ def pack(
     start: np.ndarray, tokens: np.ndarray, context: int, long: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     document, offset, length = cut(tokens, context, long).T
-    slack = np.maximum(tokens[document] - 1 - context, 0) if long == "sample" else None
     bins = best_fit(length, context)
     order = np.argsort(bins, kind="stable")  # within a pack, pieces keep the corpus's order
     first = np.concatenate([[0], np.cumsum(np.bincount(bins))]).astype(np.int64)
-    slack = np.empty(0, np.int64) if slack is None else slack[order]
+    slack = np.maximum(tokens[document] - 1 - context, 0)[order] if long == "sample" else np.empty(0, np.int64)
     return (start[document] + offset)[order], length[order].astype(np.int32), slack, first
 
 

