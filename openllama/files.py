@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-
 FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk, a user's share of it
 
 

@@ -17,12 +17,13 @@ def main() -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     args = parser.parse_intermixed_args()
+    from openllama.training.faults import stop_with_launcher
+
+    stop_with_launcher()  # before the imports that take seconds
     from openllama.config import load
     from openllama.training.config import TrainConfig
-    from openllama.training.faults import stop_with_launcher
     from openllama.training.loop import Trainer
 
-    stop_with_launcher()
     return Trainer(load(TrainConfig, args.config, args.overrides)).run()
 
 

@@ -29,8 +29,10 @@ from openllama.data.bigram import bigram_loss
 from openllama.data.cache import TokenCache
 from openllama.data.documents import Document, Fields
 from openllama.data.loader import Batch, PackedLoader
+from openllama.data.packed import weight_of
 from openllama.data.prepare import prepare
 from openllama.data.sample import sample as sample_documents
+from openllama.data.shards import read_manifest
 from openllama.generate import sample
 from openllama.load import load_model
 from openllama.tokenizer import Tokenizer, compression
@@ -141,7 +143,11 @@ class Quickstart:
 
     def _tokenizer_sample(self) -> Iterator[Document]:
         """In the proportions of training: so little that the category of the largest weight need not come twice."""
-        weights = self.settings.mix
+        weights = {
+            category: float(weight_of(self.settings.mix, name, category))
+            for name, folder in self.shards.items()
+            for category in read_manifest(folder)["categories"]
+        }
         max_bytes = int(self.max_bytes / max([1, *weights.values()]))
         return sample_documents(dict.fromkeys(self.shards.values()), max_bytes, weights)
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from openllama import cli
+
+Value = TypeVar("Value")
 
 
 def arguments() -> argparse.Namespace:
@@ -57,8 +61,8 @@ def main() -> None:
     from openllama.data.documents import Document
     from openllama.data.sample import sample
 
-    folders = dict(map(folder_and_count, args.shards))
-    weights = dict(map(category_and_weight, args.weight))
+    folders = unique("--shards", map(folder_and_count, args.shards))
+    weights = unique("--weight", map(category_and_weight, args.weight))
     start = time.perf_counter()
     held_out: list[Document] = []
     texts = (d["text"] for d in sample(folders, args.sample_bytes, weights, held_out))
@@ -71,6 +75,15 @@ def main() -> None:
     print(f"bytes per token, of {size / 1e6:.1f} MB of text that it was not trained on:")
     for name, rate in tokenizer.compression(trained, held_out).items():
         print(f"{rate:9.3f}  {name}")
+
+
+def unique(option: str, pairs: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{option}: got {name} twice, takes each once")
+        found[name] = value
+    return found
 
 
 def folder_and_count(value: str) -> tuple[str, int | None]:

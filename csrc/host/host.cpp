@@ -221,7 +221,9 @@ py::tuple fill(const std::vector<Array<Id>>& tokens, Array<int64_t> source, Arra
   for (int64_t b = 0; b < batch; ++b) {
     int64_t room = context;
     const bool missing = b >= packs.size();  // at an epoch's end: all padding
-    for (int64_t i = missing ? 0 : first.at(packs.at(b)), end = missing ? 0 : first.at(packs.at(b) + 1); i < end; ++i) {
+    const int64_t p = missing ? 0 : packs.at(b);
+    if (p < 0) throw std::out_of_range("a pack's number is negative");  // which at() would let pass
+    for (int64_t i = missing ? 0 : first.at(p), end = missing ? 0 : first.at(p + 1); i < end; ++i) {
       const int64_t size = length.at(i), more = slack.size() ? slack.at(i) : 0;
       int64_t from = source.at(i);
       if (more) from += static_cast<int64_t>(mixed(keys.at(b) ^ mixed(i)) % (more + 1));

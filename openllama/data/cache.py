@@ -27,7 +27,6 @@ from .progress import bar
 VERSION = 2
 TOKENS, OFFSETS, CATEGORIES, INDEX = "tokens.bin", "offsets.bin", "categories.bin", "cache.json"
 JOURNAL = "journal.json"
-MOST_CATEGORIES = 1 << 16
 # Handed to a worker at once: bytes of lines, and at most so many. Small enough that memory stays flat, large enough to hide
 # the hand-over.
 BATCH_BYTES, BATCH_LINES = 1 << 18, 256
@@ -124,9 +123,9 @@ def tokenize(
     out, made_from = Path(out_dir), _made_from(shards_dir, tokenizer)
     if found := _finished(out, made_from):
         return found
-    if len(manifest["categories"]) > MOST_CATEGORIES:
+    if len(manifest["categories"]) > shards.MOST_CATEGORIES:
         raise ValueError(
-            f"{shards_dir}: {len(manifest['categories']):,} categories, takes at most {MOST_CATEGORIES:,}; "
+            f"{shards_dir}: {len(manifest['categories']):,} categories, takes at most {shards.MOST_CATEGORIES:,}; "
             "prepare it with another category key"
         )
     processes = process_count(processes, manifest["text_bytes"], BYTES_PER_PROCESS)
@@ -157,15 +156,18 @@ def _finished(out: Path, made_from: dict[str, Any]) -> TokenCache | None:
 
 def _made_from(shards_dir: str | Path, tokenizer: Tokenizer) -> dict[str, Any]:
     parts = {"tokenizer": tokenizer.fingerprint, "shards": shards.fingerprint(shards_dir)}
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     whole = hashlib.sha256(f"{VERSION} {parts['tokenizer']} {parts['shards']}".encode()).hexdigest()
     return {
         **parts,
         "fingerprint": whole,
-        "dtype": dtype,
+        "dtype": _dtype(tokenizer).name,
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id,
     }
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def _differences(meta: dict[str, Any], made_from: dict[str, Any]) -> str:
@@ -289,7 +291,7 @@ def _batches(shard: Path, count: int) -> Iterator[Batch]:
 
 
 def _encode(batch: Batch, tokenizer: Tokenizer) -> Encoded:
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = _dtype(tokenizer)
     documents = [shards.written(batch.shard, number, line) for number, line in batch.lines]
     texts = [document["text"] for document in documents]
     ids = [np.array([tokenizer.bos_id, *tokenizer.encode(t), tokenizer.eos_id], dtype) for t in texts]

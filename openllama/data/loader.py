@@ -94,7 +94,9 @@ class PackedLoader:
         self._packs, self._groups = pack_sources(self.sources, context, self.mix, long, keep)
         self._count = len(self._packs.first) - 1
         if not self._count:
-            raise ValueError("sources: got no document of two tokens or more, which one label takes; give more text")
+            raise ValueError(
+                "sources: got no document of two tokens or more, which one label takes; give more text"
+            )
         self.epoch = self.next_pack = 0
         self._drawn, self._drawn_epoch = self.draws(0), 0
 
@@ -181,7 +183,8 @@ class PackedLoader:
     def _identity(self) -> dict[str, Any]:
         return {
             "fingerprint": " ".join(
-                f"{name}={cache.fingerprint}" if name else cache.fingerprint for name, cache in self.sources.items()
+                f"{name}={cache.fingerprint}" if name else cache.fingerprint
+                for name, cache in self.sources.items()
             ),
             "context": self.context,
             "seed": self.seed,

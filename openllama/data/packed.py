@@ -143,7 +143,7 @@ def _write(folder: Path, packed: Packed, made_from: dict[str, Any]) -> None:
     with folder_written_aside(folder, size, _replaceable) as aside:
         for name, array in packed.packs._asdict().items():
             with (aside / f"{name}.bin").open("wb") as file:
-                file.write(memoryview(np.ascontiguousarray(array)).cast("B") if len(array) else b"")
+                file.write(np.ascontiguousarray(array).data)
         groups = [[str(g.weight), *g[1:]] for g in packed.groups]
         write_json(aside / INDEX, {"version": VERSION, "made_from": made_from, "groups": groups})
 

@@ -105,7 +105,9 @@ def prepare(
     options = Options(fields, splits, max_bytes, valid_share, settings["on_damage"], lines_per_shard)
     rate, manifests = None, {}
     if not (out / UNFINISHED).exists():
-        manifests = _complete(out, splits, settings)  # by a lock, a folder that others may only read could not be reused
+        manifests = _complete(
+            out, splits, settings
+        )  # by a lock, a folder that others may only read could not be reused
     if not manifests:
         processes = process_count(processes, opened.size or 0, BYTES_PER_PROCESS)
         with sole_writer(out), goes_on_after_full_disk(out):

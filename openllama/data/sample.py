@@ -14,7 +14,7 @@ from .unit import fraction
 
 LEAST_SHARDS = 64  # of a folder, which may be in the order of its files or categories
 STOCK = 4  # times the bytes wanted are read: a sample of all that lies in a few shards would be of neighbours
-MOST_CATEGORIES = (
+COUNTED_CATEGORIES = (
     256  # that are counted one by one; more are no kinds of text but, for example, names of files
 )
 OTHERS = "\0"  # stands for all categories of a folder that has more
@@ -42,7 +42,7 @@ def sample(
     """About `max_bytes` of text, chosen by its hash: spread evenly, and the same every time.
 
     Of a folder are read at least LEAST_SHARDS shards, evenly spread, and by the counts in its manifest so many that
-    they hold STOCK times the bytes wanted of every category, or all there are of it (of more than MOST_CATEGORIES: of
+    they hold STOCK times the bytes wanted of every category, or all there are of it (of more than COUNTED_CATEGORIES: of
     those with a weight, and of the others together). A category has the share of the sample that the whole folder and
     its weight give it, whatever share of those shards it is.
 
@@ -101,7 +101,7 @@ def _part(
 ) -> _Part:
     """`share` of the folder's documents (of weight 1), and of the rest as many as are `kept`."""
     apart = _text_bytes(offered)
-    if len(apart) > MOST_CATEGORIES:
+    if len(apart) > COUNTED_CATEGORIES:
         apart = weights
     text = _text_bytes(offered, apart)
     wanted = {category: size * share * weights.get(category, 1) for category, size in text.items()}

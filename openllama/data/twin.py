@@ -14,7 +14,9 @@ def pack(
     bins = best_fit(length, context)
     order = np.argsort(bins, kind="stable")  # within a pack, pieces keep the corpus's order
     first = np.concatenate([[0], np.cumsum(np.bincount(bins))]).astype(np.int64)
-    slack = np.maximum(tokens[document] - 1 - context, 0)[order] if long == "sample" else np.empty(0, np.int64)
+    slack = (
+        np.maximum(tokens[document] - 1 - context, 0)[order] if long == "sample" else np.empty(0, np.int64)
+    )
     return (start[document] + offset)[order], length[order].astype(np.int32), slack, first
 
 

@@ -21,11 +21,10 @@ from .journal import TRAIN, VALID, Journal
 from .lines import Unreadable
 from .pool import stopping
 from .progress import Counts as Bytes
-from .shards import PartWriter, encode
+from .shards import MOST_CATEGORIES, PartWriter, encode
 from .sources import START, Place, Source
 
 ASKED = 64  # records after which a process asks whether it is to stop
-MOST_CATEGORIES = 1 << 16  # that a token cache can number; each shard's entry in the manifest counts them
 OPEN = "open.json"  # of each split, the category and bytes of text of each line in its last, shorter shard
 
 

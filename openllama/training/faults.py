@@ -7,19 +7,24 @@ import os
 import signal
 from pathlib import Path
 
-_LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch"}
+_LAUNCHERS = {
+    "accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run",
+}  # fmt: skip
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def stop_with_launcher() -> None:
-    """`accelerate launch` may end on SIGTERM without a word to its child: then Linux sends it on, at its death."""
-    parent = Path(f"/proc/{os.getppid()}/cmdline")
-    if parent.exists() and is_launcher(parent.read_bytes().decode(errors="replace").split("\0")):
+    """A launcher may end without a word to its child, on SIGTERM (accelerate) or killed: then Linux sends it SIGTERM."""
+    launcher = os.getppid()
+    command = Path(f"/proc/{launcher}/cmdline")
+    if command.exists() and is_launcher(command.read_bytes().decode(errors="replace").split("\0")):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:  # too late for that
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def is_launcher(command: list[str]) -> bool:
-    """Whether a process's arguments are accelerate's launcher, and not a shell's, whose end must not stop a run."""
+    """Whether a process's arguments are a launcher's, and not a shell's, whose end must not stop a run."""
     return bool({Path(word).name for word in command} & _LAUNCHERS)
 
 

@@ -9,6 +9,7 @@ from openllama.data.cache import TokenCache, tokenize
 from openllama.data.loader import PackedLoader
 from openllama.data.packed import check_mix
 from openllama.data.shards import read_manifest
+from openllama.load import find_model
 from openllama.tokenizer import Tokenizer
 
 from .config import TrainConfig, by_name
@@ -24,6 +25,8 @@ def check_inputs(config: TrainConfig, tokenizer: Tokenizer) -> None:
             f"{config.tokenizer}: its vocabulary of {tokenizer.vocab_size} is over the model's vocab_size="
             f"{vocab_size}; set model.vocab_size={tokenizer.vocab_size} or train a smaller tokenizer"
         )
+    if config.start_from is not None:
+        find_model(config.start_from)
     manifests = {name: read_manifest(folder) for name, folder in by_name(config.shards).items()}
     check_mix(config.mix, {name: manifest["categories"] for name, manifest in manifests.items()})
     for folder in by_name(config.valid_shards).values():
@@ -55,7 +58,8 @@ def packed_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> PackedLoader:
-    """The loader of a split, whose packs are kept. Held-out documents are taken whole, each once."""
+    """The loader of a split, whose packs are kept until other settings need others. Held-out documents are taken whole, each
+    once."""
     mix, long = (config.mix, config.long) if split == "train" else ({}, "split")
     keep = Path(config.out) / "tokens" / f"{split}-packs"
     return PackedLoader(

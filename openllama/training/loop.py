@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,22 @@ class Trainer:
     # ------------------------------------------------------------ training
 
     def run(self) -> int:
-        with sole_writer(self.out) if self.ranks.is_main else nullcontext():
+        with ExitStack() as stack:
+            self._hold(stack)
             return self._run()
+
+    def _hold(self, stack: ExitStack) -> None:
+        """Keeps other runs out of `out`. All processes raise where one is at work there, or was since this one began."""
+        why = ""
+        if self.ranks.is_main:
+            try:
+                stack.enter_context(sole_writer(self.out))
+                if (newest := max(checkpoint.steps(self.checkpoints), default=0)) != self.step:
+                    why = f"{self.out}: another run saved step {newest} after this one had begun; run again to go on from it"
+            except BlockingIOError as e:
+                why = str(e)
+        if why := self.ranks.gather(why)[0]:
+            raise BlockingIOError(why)
 
     def _run(self) -> int:
         c = self.config

@@ -452,7 +452,11 @@ def test_pieces_say_what_a_pack_is_made_of(mixed):
     sources, _ = mixed
     loader = PackedLoader(sources, 16, 1)
     sampled = PackedLoader(sources, 16, 1, long="sample", mix={"a": 3})
-    draws = [(loader, draw, batch) for loader in (loader, sampled) for draw, batch in zip(loader.draws(0), loader.one_epoch())]
+    draws = [
+        (loader, draw, batch)
+        for loader in (loader, sampled)
+        for draw, batch in zip(loader.draws(0), loader.one_epoch())
+    ]
     for loader, draw, batch in draws:
         made = [ids for ids, labels, _ in pieces(batch) if labels[0] != -100]
         for piece, ids in zip(loader.pieces(draw), made, strict=True):

@@ -392,7 +392,9 @@ def test_a_kill_between_the_last_two_renames(source, tmp_path, monkeypatch, rena
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
         quiet(source, out)
-    with pytest.raises(ValueError, match=r"\.unfinished: an interrupted run had other settings \(valid_share"):
+    with pytest.raises(
+        ValueError, match=r"\.unfinished: an interrupted run had other settings \(valid_share"
+    ):
         quiet(source, out, valid_share=0.5)
     assert quiet(source, out)["reused"]
     assert content(out) == content(tmp_path / "whole") and names(out) == ["train", "valid"]
@@ -422,7 +424,9 @@ def test_a_change_amid_a_file_of_one_size_ends_a_resumed_run(tmp_path, monkeypat
     path.write_text("".join(lines))
     interrupted_run(path, tmp_path / "out", monkeypatch, 700, lines_per_shard=16)
     path.write_text("".join([*lines[:300], *lines[600:900], *lines[300:600], *lines[900:]]))
-    with pytest.raises(ValueError, match="the files of a.jsonl are others than when the run was interrupted"):
+    with pytest.raises(
+        ValueError, match=r"the files of a\.jsonl are others than when the run was interrupted"
+    ):
         quiet(path, tmp_path / "out", lines_per_shard=16)
 
 

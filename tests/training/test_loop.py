@@ -330,7 +330,8 @@ def test_what_tokenising_does_not_need_is_checked_before_it(settings, tmp_path):
     for change, message in (
         ({"valid_shards": str(tmp_path / "none")}, r"none: no manifest\.json"),
         ({"model": {**SHAPE, "vocab_size": 100}}, "its vocabulary of 320 is over the model's vocab_size=100"),
-        ({"mix": {"tset": 2.0}}, "mix: got 'tset', takes names of"),
+        ({"start_from": str(tmp_path / "gone")}, "gone: no such folder; takes a checkpoint"),
+        ({"mix": {"tset": 2.0}}, "mix: got 'tset', no source or category"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             Trainer(settings(**change))
@@ -351,6 +352,17 @@ def test_two_runs_in_one_folder_are_refused(settings, tmp_path):
     with files.sole_writer(tmp_path / "run"), pytest.raises(BlockingIOError, match="another run is writing"):
         trainer.run()
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_run_that_began_before_another_ended_is_refused(settings, tmp_path):
+    """It would train on from weights that are old by then, and cut off the other's records."""
+    early = Trainer(settings(steps=4, save_every=2))
+    assert Trainer(settings(steps=8, save_every=2)).run() == 0
+    with pytest.raises(BlockingIOError, match="another run saved step 8 after this one had begun; run again"):
+        early.run()
+    assert [r["step"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in r] == list(
+        range(1, 9)
+    )
 
 
 def settings_folder(settings):

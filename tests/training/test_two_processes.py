@@ -100,11 +100,13 @@ def test_uneven_ends_and_a_validation_smaller_than_the_ranks(settings, tmp_path)
     [
         (["python", "/venv/bin/accelerate", "launch", "train/pretrain.py"], True),
         (["python", "-m", "accelerate.commands.launch", "train/pretrain.py"], True),
+        (["python", "/venv/bin/torchrun", "--nproc-per-node", "2", "train/pretrain.py"], True),
+        (["python", "-m", "torch.distributed.run", "train/pretrain.py"], True),
         (["bash", "accelerate_job.sh"], False),
         (["bash", "-c", "accelerate launch train/pretrain.py; python train/pretrain.py"], False),
     ],
 )
-def test_a_shell_that_names_accelerate_is_no_launcher(command, is_one):
+def test_a_shell_that_names_a_launcher_is_none(command, is_one):
     """`nohup python train/pretrain.py &` in accelerate_job.sh outlives its shell."""
     assert is_launcher(command) == is_one
 
@@ -116,6 +118,17 @@ def test_sigterm_to_accelerate_launch_saves_and_leaves_no_process(settings, tmp_
     wait_for(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 3, process)
     process.terminate()
     out, _ = process.communicate(timeout=60)  # the child holds the pipe: its end is the output's
+    assert "stopped by a signal; saved at step" in out
+    assert len(checkpoint.steps(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_the_processes_of_a_launcher_that_is_killed_save_and_leave(settings, tmp_path):
+    """They would go on holding their GPUs, or wait for one another."""
+    config = settings(steps=5000, save_every=100_000, valid_shards=None)
+    process = start(config, 2)
+    wait_for(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 3, process)
+    process.kill()
+    out, _ = process.communicate(timeout=60)  # the workers hold the pipe: their end is the output's
     assert "stopped by a signal; saved at step" in out
     assert len(checkpoint.steps(tmp_path / "run" / "checkpoints")) == 1
 
