@@ -60,7 +60,8 @@ def join(
             if path.name not in {shard["name"] for shard in shards}:
                 path.unlink()
         work = [Joined(folder / f"joined-{split}-{i:05d}", s) for i, s in enumerate(_slices(short, size))]
-        for joined, entry in zip(work, ordered_map(_write, work, min(processes, len(work)), (size,))):
+        made_now = ordered_map(_write, work, max(1, min(processes, len(work))), (size,))
+        for entry, joined in zip(made_now, work):
             shards.append(_renamed(joined.folder, entry, place, len(shards)))
         write_manifest(place, shards, damage, settings | {"split": split})
 
