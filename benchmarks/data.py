@@ -167,7 +167,7 @@ def main() -> None:
         for made in (*packing(cache), *loading(cache)):
             rows.append(show(made))
     torch.set_num_threads(cores())
-    print(f"stored in {results.write('data', rows, torch.device('cpu'))}")
+    print(f"stored in {results.write(f'data-{cores()}-cores', rows, torch.device('cpu'))}")
 
 
 def show(made: dict[str, Any]) -> dict[str, Any]:

@@ -70,18 +70,27 @@ def ops_table(runs: list[dict[str, Any]]) -> str:
 
 
 def data_table(runs: list[dict[str, Any]]) -> str:
-    """Each step from raw text to batches, by processes where it has some."""
-    lines = ["| step | of | rate | |", "|---|---|---|---|"]
+    """Each step from raw text to batches, by processes where it has some; a table for each machine."""
+    tables = []
     for run in runs:
+        lines = ["| step | of | rate | |", "|---|---|---|---|"]
+        steps: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in run["rows"]:
-            rate = (
-                f"{row['rate'] / 1e6:,.1f} million {row['unit']}"
-                if row["rate"] > 1e6
-                else f"{row['rate']:,.0f} {row['unit']}"
-            )
-            note = f"padding {row['padding']:.2%}" if "padding" in row else ""
-            lines.append(f"| {row['bench']}, {row['impl']} | {shape_text(row['shape'])} | {rate} | {note} |")
-    return "\n".join([*lines, "", *(f"<sub>{source(run)}</sub><br>" for run in runs)])
+            shape = {key: value for key, value in row["shape"].items() if key != "processes"}
+            steps.setdefault((f"{row['bench']}, {row['impl']}", shape_text(shape)), []).append(row)
+        for (step, shape), rows in steps.items():
+            notes = [str(row["shape"]["processes"]) for row in rows if "processes" in row["shape"]]
+            note = f"by {' / '.join(notes)} processes" if notes else ""
+            note = f"padding {rows[0]['padding']:.2%}" if "padding" in rows[0] else note
+            lines.append(f"| {step} | {shape} | {_rates(rows)} | {note} |")
+        tables.append("\n".join([*lines, "", f"<sub>{source(run)}</sub>"]))
+    return "\n\n".join(tables)
+
+
+def _rates(rows: list[dict[str, Any]]) -> str:
+    million = rows[0]["rate"] > 5e5
+    rates = " / ".join(f"{row['rate'] / 1e6:,.1f}" if million else f"{row['rate']:,.0f}" for row in rows)
+    return f"{rates} {'million ' if million else ''}{rows[0]['unit']}"
 
 
 def draw(runs: list[dict[str, Any]]) -> None:

@@ -83,6 +83,7 @@ def make(unit: Unit, options: Options, read: Bytes) -> Made:
 
     def advance(count: int) -> None:
         read[unit.number] += count
+        _go_on()
 
     with closing(Journal(unit.folder, options.splits)) as journal:
         if journal.done:
@@ -100,6 +101,11 @@ def make(unit: Unit, options: Options, read: Bytes) -> Made:
         return Made(**done, before=before)
 
 
+def _go_on() -> None:
+    if stopping():
+        raise InterruptedError
+
+
 def _fill(
     unit: Unit, options: Options, journal: Journal, advance: Callable[[int], None]
 ) -> tuple[dict[str, list[dict[str, Any]]], Counts]:
@@ -114,10 +120,10 @@ def _fill(
         for line in journal.held():
             writers[VALID].write(json.loads(line))
         categories: set[str] = set()
-        records = unit.source.records(counts.place, (lambda _: None) if limit else advance)
+        records = unit.source.records(counts.place, (lambda _: _go_on()) if limit else advance)
         for i, (place, data, category, file) in enumerate(records):
-            if i % ASKED == 0 and stopping():
-                raise InterruptedError
+            if i % ASKED == 0:  # of some formats, thousands come between two readings
+                _go_on()
             counts.place, number = place, place[1]
             try:
                 made = document(data, fields, category, f"{file}:{number}" if number else file)

@@ -222,18 +222,7 @@ def test_goes_on_after_the_last_training_shard(files, tmp_path, monkeypatch, sha
     """However rare held-out documents are: those of the open shard need not be read again."""
     options, written = OPTIONS | {"valid_share": share}, 200
     quiet(files, tmp_path / "whole", processes=1, **options)
-    write_line, count = PartWriter.write_line, [0]
-
-    def interrupted(self, *args):
-        count[0] += 1
-        if count[0] > written:
-            raise KeyboardInterrupt
-        return write_line(self, *args)
-
-    monkeypatch.setattr(PartWriter, "write_line", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        quiet(files, tmp_path / "out", processes=1, **options)
-    monkeypatch.setattr(PartWriter, "write_line", write_line)
+    interrupted_run(files, tmp_path / "out", monkeypatch, written, **options)
     parsed, document = [0], unit.document
 
     def counted(*args):
