@@ -88,12 +88,14 @@ def _by_weight(
     weights = [[weight_of(mix, name, c) for c in cache.categories] for name, cache in sources.items()]
     bases = np.cumsum([0, *(cache.tokens for cache in sources.values())]).tolist()
     values = sorted({weight for of_source in weights for weight in of_source})
+    numbers = {value: i for i, value in enumerate(values)}
+    by_category = [np.array([numbers[weight] for weight in of_source], np.int32) for of_source in weights]
     for value in filter(None, values):  # what has the weight 0 is not packed
         starts, lengths = [], []
-        for cache, base, of_category in zip(sources.values(), bases, weights):
+        for cache, base, of_category in zip(sources.values(), bases, by_category):
             start, tokens = cache.offsets[:-1].view(np.int64), cache.lengths
             if len(values) > 1:
-                chosen = np.array([weight == value for weight in of_category])[cache.category_of]
+                chosen = of_category[cache.category_of] == numbers[value]
                 start, tokens = start[chosen], tokens[chosen]
             starts.append(start + base if base else start)  # a large corpus of one source is not copied
             lengths.append(tokens)
