@@ -23,9 +23,8 @@ JSON = tuple(f".json{c}" for c in COMPRESSED)
 TEXT = (".txt",)
 PARQUET = (".parquet",)
 SUFFIXES = (*JSON_LINES, *JSON, *PARQUET, *TEXT)
-LONGEST_TEXT = (
-    256 << 20
-)  # bytes of a text file, which some corpora come as (enwik8, 100 MB): it is held whole
+# Bytes of a text file, which some corpora come as (enwik8, 100 MB): it is held whole.
+LONGEST_TEXT = 256 << 20
 PARQUET_READ = 1 << 20  # bytes of a column read at once
 BOM = b"\xef\xbb\xbf"  # some editors put it before the first line
 

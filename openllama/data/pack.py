@@ -21,9 +21,7 @@ class Packs(NamedTuple):
 
     source: np.ndarray  # int64 (pieces,), where the first token lies
     length: np.ndarray  # int32 (pieces,), inputs; the labels lie one token further
-    slack: (
-        np.ndarray
-    )  # int64 (pieces,), how much further on a sampled piece may start; (0,) where none is sampled
+    slack: np.ndarray  # int64 (pieces,), how much further on a sampled one may start; (0,) where none is
     first: np.ndarray  # int64 (packs + 1,), first piece of each pack, and the end
 
 

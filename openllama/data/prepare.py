@@ -103,11 +103,9 @@ def prepare(
     }
     splits = [TRAIN, VALID] if valid_share else [TRAIN]
     options = Options(fields, splits, max_bytes, valid_share, settings["on_damage"], lines_per_shard)
-    rate, manifests = None, {}
-    if not (out / UNFINISHED).exists():
-        manifests = _complete(
-            out, splits, settings
-        )  # by a lock, a folder that others may only read could not be reused
+    rate = None
+    # without a lock, which could not be had in a folder that may only be read
+    manifests = {} if (out / UNFINISHED).exists() else _complete(out, splits, settings)
     if not manifests:
         processes = process_count(processes, opened.size or 0, BYTES_PER_PROCESS)
         with sole_writer(out), goes_on_after_full_disk(out):

@@ -14,9 +14,8 @@ from .unit import fraction
 
 LEAST_SHARDS = 64  # of a folder, which may be in the order of its files or categories
 STOCK = 4  # times the bytes wanted are read: a sample of all that lies in a few shards would be of neighbours
-COUNTED_CATEGORIES = (
-    256  # that are counted one by one; more are no kinds of text but, for example, names of files
-)
+# That are counted one by one; more are no kinds of text but, for example, names of files.
+COUNTED_CATEGORIES = 256
 OTHERS = "\0"  # stands for all categories of a folder that has more
 GOLDEN = (5**0.5 - 1) / 2  # the i for which i * GOLDEN % 1 is smallest lie evenly over any range
 HELD_OUT_BYTES, HELD_OUT_SHARE = 20_000_000, 0.05

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 VERSION = 2
 MANIFEST = "manifest.json"
 LINES_PER_SHARD = 16384
-MOST_CATEGORIES = (
-    1 << 16
-)  # each shard's entry in the manifest counts its own, and a token cache numbers them by 16 bits
+# Each shard's entry in the manifest counts its own, and a token cache numbers them by 16 bits.
+MOST_CATEGORIES = 1 << 16
 ZSTD_LEVEL = 3  # zstd's default; decompression speed hardly depends on it
 
 
