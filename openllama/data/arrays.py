@@ -180,7 +180,7 @@ def _decoded(window: bytes) -> str:
 
 def _parse(text: str, at: int) -> tuple[Any, int, int, int] | None:
     """The value that begins at `at`, where, where it ends, and where the comma behind it does."""
-    begin = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+    begin = space.end() if (space := _SPACE.match(text, at)) else at
     try:
         value, behind = _DECODER.raw_decode(text, begin)
     except (ValueError, RecursionError):

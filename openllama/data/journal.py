@@ -74,12 +74,15 @@ class Journal:
                 raise changed(kept, self.folder.parent)
             self._held = kept.open("r+b")
             self._held.truncate(held["bytes"])
-        for path in self.folder.glob(self._held_path("*").name):
-            if path != kept:
-                path.unlink()
+        self._remove_held(kept)
 
     def _held_path(self, part: int | str) -> Path:
         return self.folder / f"held-{part}.jsonl"
+
+    def _remove_held(self, kept: Path | None) -> None:
+        for path in self.folder.glob(self._held_path("*").name):
+            if path != kept:
+                path.unlink()
 
     def held(self) -> Iterator[bytes]:
         """The lines of the held-out part that was open. All must be taken before the next `hold`."""
@@ -109,16 +112,13 @@ class Journal:
         self._append(line)
         self.shards = {split: list(parts) for split, parts in shards.items()}
         self.reached = reached
-        for path in self.folder.glob(self._held_path("*").name):
-            if path != self._held_path(self._part):
-                path.unlink()
+        self._remove_held(self._held_path(self._part))
 
     def finish(self, done: dict[str, Any]) -> None:
         """Notes that the unit is complete."""
         self._append({"done": done})
         self.close()
-        for path in self.folder.glob(self._held_path("*").name):
-            path.unlink()
+        self._remove_held(None)
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("ab") as file:

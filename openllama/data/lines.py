@@ -46,12 +46,8 @@ def _holds_files(folder: Path) -> bool:
 
 def unreadable(path: str | Path, error: OSError) -> Unreadable:
     """Why `path` alone cannot be read. Raises OSError for what other files may have too: each would be passed over."""
-    alone = (
-        PermissionError,
-        IsADirectoryError,
-        *([FileNotFoundError] if _holds_files(Path(path).parent) else []),
-    )
-    if isinstance(error, alone):
+    gone_with_others = isinstance(error, FileNotFoundError) and not _holds_files(Path(path).parent)
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)) and not gone_with_others:
         return Unreadable("cannot be read", error.strerror or str(error))
     raise OSError(
         error.errno,

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 Work = TypeVar("Work")
 Result = TypeVar("Result")
 
@@ -33,6 +33,11 @@ def process_count(processes: int | None, work: int, work_per_process: int) -> in
     if processes < 1:
         raise ValueError(f"processes: got {processes}, takes a whole number of at least 1, or None to choose")
     return processes
+
+
+def signal_at_parents_death(number: int) -> None:
+    """Linux sends this process the signal when its parent dies, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def ordered_map(
@@ -119,7 +124,7 @@ def _start(function: Callable[..., Any], shared: tuple[Any, ...], stop: Any) -> 
     _function, _shared, _stop = function, shared, stop
     # Ctrl-C reaches all: the process that hands out work ends it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also of one that is stopped, as by SIGSTOP
+    signal_at_parents_death(signal.SIGKILL)  # also of one that is stopped, as by SIGSTOP
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 

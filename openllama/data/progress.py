@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from typing import Any
 
 # Shared 64-bit integers of multiprocessing, one for each part of the work: no lock, which a process that is killed might hold.
-Counts = Any
+ByteCounts = Any
 LOOKED = 0.2  # seconds between two looks at them
 
 
@@ -35,8 +35,8 @@ def bar(label: str, total: int | None, shown: bool = True) -> Iterator[Callable[
 
 
 @contextmanager
-def shared_bar(label: str, total: int | None, parts: int, shown: bool = True) -> Iterator[Counts]:
-    """Yields the counts of bytes of so many parts of the work, to be handed to other processes: see `counted`."""
+def shared_bar(label: str, total: int | None, parts: int, shown: bool = True) -> Iterator[ByteCounts]:
+    """Yields the counts of bytes of so many parts of the work. Each is added to by one process, the bar shows their sum."""
     counts, ended = get_context("spawn").RawArray("q", parts), threading.Event()
 
     def look(advance: Callable[[int], None]) -> None:

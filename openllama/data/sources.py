@@ -23,7 +23,7 @@ from .lines import Advance, Unreadable, has_ending
 
 ENDS = 1 << 16  # bytes of each end of a file that its fingerprint takes
 # Bytes of the files that make a unit, at least and at most; between them a corpus has 64. So all cores have work, while the
-# shorter shards at the end of units, which one process joins, are a small part of the whole.
+# shorter shards at the end of units, which are written twice, are a small part of the whole.
 UNIT_BYTES = (64 << 20, 256 << 20)
 HUB, CODE, PYTHON = "hf:", "code:", "python"
 Place = tuple[int, int]  # file, number of the record in it; both grow

@@ -20,7 +20,7 @@ from .documents import Damage, Fields, document
 from .journal import TRAIN, VALID, Journal
 from .lines import Unreadable
 from .pool import stopping
-from .progress import Counts as Bytes
+from .progress import ByteCounts
 from .shards import MOST_CATEGORIES, PartWriter, encode
 from .sources import START, Place, Source
 
@@ -77,7 +77,7 @@ def fraction(text: str, salt: str = "") -> float:
     return int.from_bytes(hashlib.sha256(f"{salt}{text}".encode()).digest()[:6], "big") / 2**48
 
 
-def make(unit: Unit, options: Options, read: Bytes) -> Made:
+def make(unit: Unit, options: Options, read: ByteCounts) -> Made:
     """The unit's shards, after those that an interrupted run left. `read` counts as `prepare`'s bar does: bytes on the disk,
     or with a limit bytes of text. Raises InterruptedError when the pool is to stop."""
 

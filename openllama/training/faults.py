@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from pathlib import Path
 
+from openllama.data.pool import signal_at_parents_death
+
 _LAUNCHERS = {
     "accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run",
 }  # fmt: skip
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def stop_with_launcher() -> None:
@@ -18,7 +18,7 @@ def stop_with_launcher() -> None:
     launcher = os.getppid()
     command = Path(f"/proc/{launcher}/cmdline")
     if command.exists() and is_launcher(command.read_bytes().decode(errors="replace").split("\0")):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        signal_at_parents_death(signal.SIGTERM)
         if os.getppid() != launcher:  # too late for that
             os.kill(os.getpid(), signal.SIGTERM)
 

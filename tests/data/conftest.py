@@ -66,3 +66,25 @@ def cache_of(tmp_path):
         return TokenCache(folder)
 
     return write
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i:04d} " * 20}) + "\n" for i in range(300)))
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Five files of 57 records, some of them damaged, in two formats."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for f in range(5):
+        rows = [{"body": f"{f} {i} " + "x" * (i % 7), "kind": f"k{i % 3}"} for i in range(57)]
+        encoded = [json.dumps(r) if i % 10 else "{}" for i, r in enumerate(rows)]
+        if f % 2:
+            (folder / f"{f}.json").write_text("[" + ",\n".join(encoded) + "]")
+        else:
+            (folder / f"{f}.jsonl").write_text("\n".join(encoded))
+    return folder
