@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #ifdef USE_CUDA
 #include <cuda_runtime_api.h>
@@ -41,15 +42,16 @@ struct RmsNormBwd {
   Dtype dtype, weight_dtype;
 };
 
-// Turns the pairs (i, i + head_dim / 2) of the first `rotated` heads. The other heads are copied where out is
-// another tensor than x.
+// Turns the pairs of the first rotary_dim elements of each of the first `rotated` heads: (i, i + rotary_dim /
+// 2), or (2 i, 2 i + 1) where interleaved. All else is copied where out is another tensor than x.
 struct Rotary {
   const void* x;             // (tokens, heads, head_dim)
   void* out;                 // the same shape; may be x
-  const float *cos, *sin;    // (positions of the table, head_dim / 2)
-  const int32_t* positions;  // (tokens)
-  int64_t tokens, heads, head_dim, rotated, x_stride, out_stride, table_rows;
-  bool inverse;
+  const float *cos, *sin;    // (table_rows, rotary_dim / 2)
+  const int32_t* positions;  // (tokens), or null: 0, 1, ...
+  int64_t offset;            // added to the positions
+  int64_t tokens, heads, head_dim, rotary_dim, rotated, x_stride, out_stride, table_rows;
+  bool interleaved, inverse;
   Dtype dtype;
 };
 
@@ -58,48 +60,90 @@ struct Swiglu {
   const void* gate_up;  // (rows, 2 * intermediate)
   const void* dact;     // (rows, intermediate), backward only
   void* out;            // forward: act (rows, intermediate); backward: dgate_up (rows, 2 * intermediate)
-  int64_t rows, intermediate, gate_up_stride, dact_stride;
+  void* act;  // backward: act once more (rows, intermediate), or null. out may be gate_up, act may be dact
+  int64_t rows, intermediate, gate_up_stride, dact_stride, out_stride, act_stride;
   Dtype dtype;
 };
 
-// loss = logsumexp(logits) - logits[label], 0 where the label is ignored
-// dlogits = (softmax(logits) - onehot(label)) * dloss
+// With l = softcap tanh(logits / softcap), or the logits themselves where softcap is 0, and s = logsumexp(l):
 //
-// The logsumexp is kept as two numbers, top and log(sum of exp(logit - top)):
-// their sum would round small parts away.
+//   loss = s - l[label] + z_loss s^2, and 0 where the label is ignored
+//   dlogits = dloss ((1 + 2 z_loss s) softmax(l) - onehot(label)) (1 - (l / softcap)^2)
+//
+// s is kept as two numbers, top and log(sum of exp(l - top)): their sum would round small parts away.
 struct CrossEntropy {
   const void* logits;     // (rows, vocab)
   const int64_t* labels;  // (rows)
-  float* loss;            // (rows)
-  float* lse;             // (rows, 2)
-  const float* dloss;     // (rows), backward only
-  void* dlogits;          // (rows, vocab), backward only; may be logits
+  float* loss;            // (rows), forward
+  float* lse;             // (rows, 2), written by forward and read by backward
+  const float* dloss;     // (rows), backward; null: all 1
+  void* dlogits;          // (rows, vocab), backward; may be logits
   int64_t rows, vocab, logits_stride, dlogits_stride, ignore_index;
+  float softcap, z_loss;
   Dtype dtype;
 };
 
-// One tensor of AdamW's list. `master` holds the fp32 weight where `param` is bf16, else null.
+// ---------------------------------------------------------------- AdamW
+
+// Where the exact weight is: in the param itself (fp32), in an fp32 master, in a bf16 param and the low 16
+// bits of the fp32 number beside it, or nowhere (a bf16 param, rounded stochastically).
+enum class Master { param, f32, remainder, none };
+
+// fp32; bf16, rounded stochastically; or 8 bits with a scale for each kMomentBlock elements, likewise.
+enum class Moments { f32, bf16, u8 };
+constexpr int64_t kMomentBlock = 256;
+
+// One tensor of AdamW's list.
 struct AdamWTensor {
   void* param;
   const void* grad;
-  float *exp_avg, *exp_avg_sq, *master;
+  void *exp_avg, *exp_avg_sq;
+  void* master;   // fp32, int16 or null
+  float* scales;  // (2, blocks): of exp_avg, of exp_avg_sq; or null
   int64_t size;
+  int64_t first;  // number of its first element among all of the optimizer's, which keys its random bits
+  int32_t group;  // of AdamWGroup
   Dtype param_dtype, grad_dtype;
 };
 
-// Decoupled weight decay (Loshchilov and Hutter, 2019). Worked out once, in double: what all elements share.
+// What tensors share.
+struct AdamWGroup {
+  double lr, beta1, beta2, eps, weight_decay, step;
+};
+
+// The same, worked out once in double: what all elements share. Loshchilov and Hutter, 2019.
 struct AdamWStep {
   float beta2, eps;
   float keep;        // 1 - lr weight_decay
   float new1, new2;  // 1 - beta1, 1 - beta2: from doubles, as 1 - float(0.999) is off by 1e-5 of itself
   float step_size;   // lr / (1 - beta1^t)
   float root_scale;  // 1 / sqrt(1 - beta2^t)
+  float grad_scale;  // gradients are multiplied by it first
+};
+
+struct GradNormTensor {
+  const void* grad;
+  int64_t size;
+  Dtype dtype;
 };
 
 #ifdef USE_CUDA
 namespace cuda {
 cudaError_t rms_norm_fwd(const RmsNormFwd&, cudaStream_t);
 cudaError_t rms_norm_bwd(const RmsNormBwd&, cudaStream_t);
+cudaError_t rotary(const Rotary&, cudaStream_t);
+cudaError_t swiglu_fwd(const Swiglu&, cudaStream_t);
+cudaError_t swiglu_bwd(const Swiglu&, cudaStream_t);
+cudaError_t cross_entropy_fwd(const CrossEntropy&, cudaStream_t);
+cudaError_t cross_entropy_bwd(const CrossEntropy&, cudaStream_t);
+cudaError_t cross_entropy_fwd_bwd(const CrossEntropy&, cudaStream_t);
+// lrs, steps (one a group) and grad_scale are read on the device; null: those of the groups, and 1.
+cudaError_t adamw(const std::vector<AdamWTensor>&, const std::vector<AdamWGroup>&, Master, Moments,
+                  const float* lrs, const float* steps, const float* grad_scale, uint32_t seed, cudaStream_t);
+int64_t grad_norm_blocks();
+// out: the norm, and min(1, max_norm / norm). `partial` holds grad_norm_blocks() floats.
+cudaError_t grad_norm(const std::vector<GradNormTensor>&, float max_norm, float* partial, float* out,
+                      cudaStream_t);
 cudaError_t hopper_probe(int32_t* out, cudaStream_t);
 }  // namespace cuda
 #endif

@@ -61,7 +61,8 @@ def adamw(
         raise ValueError(f"step: got {step}, takes a whole number from 1 on")
     numbers = (lr, beta1, beta2, eps, weight_decay, int(step))
     checks.is_float("params[0]", params[0])
-    if backends.choose("adamw", params[0], backend) == "reference":
+    chosen = backends.choose("adamw", params[0], backend)
+    if chosen == "reference":
         _check(params, grads, exp_avgs, exp_avg_sqs, masters)
         adamw_reference(params, grads, exp_avgs, exp_avg_sqs, masters, *numbers)
         return
@@ -72,7 +73,22 @@ def adamw(
         _check(params, grads, exp_avgs, exp_avg_sqs, masters)
     wide = [g.float().contiguous() if g.dtype in _CAST else g.contiguous() for g in grads]
     try:
-        torch.ops.openllama.adamw_(params, wide, exp_avgs, exp_avg_sqs, masters, *numbers)
+        groups, firsts = [0] * len(params), [0] * len(params)
+        library.ops(chosen).adamw_(
+            params,
+            wide,
+            exp_avgs,
+            exp_avg_sqs,
+            masters,
+            [],
+            groups,
+            list(map(float, numbers)),
+            None,
+            None,
+            None,
+            0,
+            firsts,
+        )
     except RuntimeError:
         # The op checks all before it writes, but can't name the argument. Checking here first would cost every step.
         _check(params, grads, exp_avgs, exp_avg_sqs, masters)
@@ -109,7 +125,21 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, masters) -> None:
 
 
 @library.fake("adamw_")
-def _(params, grads, exp_avgs, exp_avg_sqs, masters, lr, beta1, beta2, eps, weight_decay, step) -> None:
+def _(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    masters,
+    scales,
+    groups,
+    numbers,
+    lrs,
+    steps,
+    grad_scale,
+    seed,
+    firsts,
+) -> None:
     return None
 
 

@@ -1,6 +1,6 @@
 """The one table that chooses a backend for an op, by device, dtype and shape.
 
-`cuda` and `cpu` are our kernels; `torch` is a fused kernel that PyTorch ships; `reference` is plain PyTorch and the
+`cuda`, `triton` and `cpu` are our kernels; `torch` is a fused kernel that PyTorch ships; `reference` is plain PyTorch and the
 definition of the op. A caller forces one with `backend=`, a user with OPENLLAMA_BACKEND (read at import) for every op
 that has it; ops that have no such backend choose as if it were not set. A forced backend that can't run raises and
 says why.
@@ -9,6 +9,7 @@ says why.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from typing import NamedTuple
 
@@ -21,23 +22,26 @@ FORCED = os.environ.get("OPENLLAMA_BACKEND") or None
 
 #: Backends of each op, the preferred one first.
 TABLE: dict[str, tuple[str, ...]] = {
-    "rms_norm": ("cuda", "cpu", "reference"),
-    "rotary": ("cpu", "reference"),
-    "swiglu": ("cpu", "reference"),
-    "cross_entropy": ("cpu", "reference"),
-    "adamw": ("cpu", "reference"),
+    "rms_norm": ("cuda", "triton", "cpu", "reference"),
+    "rotary": ("cuda", "triton", "cpu", "reference"),
+    "swiglu": ("cuda", "triton", "cpu", "reference"),
+    "cross_entropy": ("cuda", "triton", "cpu", "reference"),
+    "adamw": ("cuda", "triton", "cpu", "reference"),
     "attention": ("torch", "reference"),
 }
 
-NAMES = ("cuda", "cpu", "torch", "reference")
+NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
 _KERNEL_DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
 }
 
 # The CUDA backward keeps dweight in 4 bytes a column of shared memory: 64 KiB, which every card from sm_80 on has.
 _MAX_CUDA_HIDDEN = 16_384
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _MIN_CAPABILITY = 8  # setup.py compiles for sm_80 and newer
 
@@ -60,7 +64,7 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hid
         return ""
     if library.missing:
         return library.missing
-    if device.type != backend:
+    if device.type != ("cpu" if backend == "cpu" else "cuda"):
         return f"the tensors are on {device.type}"
     if backend == "cuda" and not library.has_cuda:
         return "the library was built without CUDA (no nvcc)"
@@ -68,24 +72,28 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hid
         return f"no {dtype} kernel"
     if backend == "cuda" and hidden > _MAX_CUDA_HIDDEN:
         return f"hidden={hidden} is over {_MAX_CUDA_HIDDEN}"
-    return _card_lacks(device.index) if backend == "cuda" else ""
+    if backend == "triton" and not _HAS_TRITON:
+        return "the triton package is not installed"
+    return _card_lacks(device.index, backend) if backend != "cpu" else ""
 
 
 @torch.compiler.assume_constant_result  # or torch.compile would trace into torch.cuda
-def _card_lacks(index: int | None) -> str:
-    """Why the CUDA kernels can't run on the card of this index (None: the current one); empty when they can."""
+def _card_lacks(index: int | None, backend: str) -> str:
+    """Why our kernels can't run on the card of this index (None: the current one); empty when they can."""
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return _ask_card(index)
+    return _ask_card(index, backend)
 
 
 @functools.cache
-def _ask_card(index: int) -> str:
+def _ask_card(index: int, backend: str) -> str:
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     major, minor = torch.cuda.get_device_capability(index)
     if major < _MIN_CAPABILITY:
         return f"compute capability {major}.{minor} is below {_MIN_CAPABILITY}.0"
+    if backend == "triton":
+        return ""
     # The CUDA runtime inside the library is the build's: a driver of its major version or newer can run it.
     built, driver = library.build_info()["cuda"], library.driver_version()
     if driver // 1000 < built // 1000:

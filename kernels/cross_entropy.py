@@ -52,12 +52,13 @@ def cross_entropy(
         the vocabulary (on the CPU; a GPU stops with a device assert).
     """
     _check(logits, labels, ignore_index, reduction)
-    if backends.choose("cross_entropy", logits, backend) == "reference":
+    chosen = backends.choose("cross_entropy", logits, backend)
+    if chosen == "reference":
         _check_labels(labels, logits.shape[-1], ignore_index)
         losses = cross_entropy_reference(logits, labels, ignore_index)
     else:
         inplace = inplace_backward and not torch.compiler.is_compiling() and not _is_parameter(logits)
-        losses = _CrossEntropy.apply(logits, labels, ignore_index, inplace)
+        losses = _CrossEntropy.apply(logits, labels, ignore_index, inplace, chosen)
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -88,11 +89,12 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduct
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, inplace: bool
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, inplace: bool, backend: str
     ) -> torch.Tensor:
         flat = checks.rows(logits, logits.shape[-1])
         flat_labels = labels.reshape(-1).to(torch.int64).contiguous()
-        loss, lse = torch.ops.openllama.cross_entropy_fwd(flat, flat_labels, ignore_index)
+        loss, lse = library.ops(backend).cross_entropy_fwd(flat, flat_labels, ignore_index, 0.0, 0.0)
+        ctx.backend = backend
         ctx.save_for_backward(flat, flat_labels, lse)
         ctx.ignore_index, ctx.shape = ignore_index, logits.shape
         overlapping = len(flat) > 1 and flat.stride(0) < flat.shape[1]
@@ -103,31 +105,40 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable  # a second derivative raises instead of being wrong
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         flat, labels, lse = ctx.saved_tensors
-        dloss = dloss.reshape(-1).contiguous()
+        dloss, ops = dloss.reshape(-1).contiguous(), library.ops(ctx.backend)
         if ctx.inplace:
-            torch.ops.openllama.cross_entropy_bwd_(dloss, flat, labels, lse, ctx.ignore_index)
+            ops.cross_entropy_bwd_(dloss, flat, labels, lse, ctx.ignore_index, 0.0, 0.0)
             # a second backward must fail, not read the gradient as logits
             torch.autograd.graph.increment_version(flat)
             dlogits = flat
         else:
-            dlogits = torch.ops.openllama.cross_entropy_bwd(dloss, flat, labels, lse, ctx.ignore_index)
-        return dlogits.view(ctx.shape), None, None, None
+            dlogits = ops.cross_entropy_bwd(dloss, flat, labels, lse, ctx.ignore_index, 0.0, 0.0)
+        return dlogits.view(ctx.shape), None, None, None, None
 
 
 @library.fake("cross_entropy_fwd")
-def _(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    logits: torch.Tensor, labels, ignore_index: int, softcap: float, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows = logits.shape[0]
     return logits.new_empty((rows,), dtype=torch.float32), logits.new_empty((rows, 2), dtype=torch.float32)
 
 
 @library.fake("cross_entropy_bwd")
-def _(dloss, logits: torch.Tensor, labels, lse, ignore_index: int) -> torch.Tensor:
+def _(
+    dloss, logits: torch.Tensor, labels, lse, ignore_index: int, softcap: float, z_loss: float
+) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 
 @library.fake("cross_entropy_bwd_")
-def _(dloss, logits: torch.Tensor, labels, lse, ignore_index: int) -> None:
+def _(dloss, logits: torch.Tensor, labels, lse, ignore_index: int, softcap: float, z_loss: float) -> None:
     return None
+
+
+@library.fake("cross_entropy_fwd_bwd_")
+def _(logits: torch.Tensor, labels, dloss, ignore_index: int, softcap: float, z_loss: float) -> torch.Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=torch.float32)
 
 
 def _check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import warnings
@@ -52,6 +53,25 @@ def driver_version() -> int:
 has_cuda: bool = bool(build_info().get("cuda"))
 
 
+def ops(backend: str) -> Any:
+    """The namespace whose raw ops run on `backend`: the native library's, or their Triton twins'."""
+    return torch.ops.openllama_triton if backend == "triton" else torch.ops.openllama
+
+
+_twins = torch.library.Library("openllama_triton", "FRAGMENT")
+
+
 def fake(op: str) -> Callable[[F], F]:
-    """Registers the shape function of a raw op, for torch.compile; does nothing where the library is missing."""
-    return (lambda function: function) if missing else torch.library.register_fake(f"openllama::{op}")
+    """Registers the shape function of a raw op, for torch.compile, and the op's Triton twin: the function of the same
+    name and schema in triton/<op>.py, imported when it is first called. Does nothing where the library is missing."""
+
+    def register(function: F) -> F:
+        schema = str(getattr(torch.ops.openllama, op).default._schema).removeprefix("openllama::")
+        _twins.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        module = f"{__package__}.triton.{function.__module__.rpartition('.')[2]}"
+        _twins.impl(op, lambda *args: getattr(importlib.import_module(module), op)(*args), "CUDA")
+        for namespace in ("openllama", "openllama_triton"):
+            torch.library.register_fake(f"{namespace}::{op}")(function)
+        return function
+
+    return (lambda function: function) if missing else register

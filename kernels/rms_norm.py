@@ -47,7 +47,7 @@ def rms_norm(
         weight: (hidden), x's dtype or fp32.
         eps: added to the mean square; at least 0.
         residual: x's shape, dtype and device, or None.
-        backend: `cuda`, `cpu`, `reference`; None chooses.
+        backend: `cuda`, `triton`, `cpu`, `reference`; None chooses.
 
     Returns:
         y in x's shape and dtype; with a residual (y, h), where h = x + residual is the next residual.
@@ -58,9 +58,10 @@ def rms_norm(
         TypeError, ValueError: a wrong dtype, shape, device, eps, or a backend that can't run.
     """
     _check(x, weight, eps, residual)
-    if backends.choose("rms_norm", x, backend, x.shape[-1]) == "reference":
+    chosen = backends.choose("rms_norm", x, backend, x.shape[-1])
+    if chosen == "reference":
         return rms_norm_reference(x, weight, eps, residual)
-    return _RmsNorm.apply(x, weight, residual, eps)
+    return _RmsNorm.apply(x, weight, residual, eps, chosen)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None) -> None:
@@ -81,12 +82,18 @@ def _check(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Te
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor | None,
+        eps: float,
+        backend: str,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         hidden = x.shape[-1]
         flat = checks.rows(x, hidden)
         flat_residual = None if residual is None else checks.rows(residual, hidden)
-        y, h, rstd = torch.ops.openllama.rms_norm_fwd(flat, flat_residual, weight.contiguous(), eps)
+        y, h, rstd = library.ops(backend).rms_norm_fwd(flat, flat_residual, weight.contiguous(), eps)
+        ctx.backend = backend
         ctx.save_for_backward(flat if residual is None else h, weight, rstd)
         ctx.set_materialize_grads(False)  # an output that nothing uses has no gradient to read
         # one output, not (y, None): dynamo can't trace the gradient of None
@@ -99,11 +106,11 @@ class _RmsNorm(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         h, weight, rstd = ctx.saved_tensors
         hidden = h.shape[-1]
-        need_x, need_weight, need_residual, _ = ctx.needs_input_grad
+        need_x, need_weight, need_residual, *_ = ctx.needs_input_grad
         if dy is None:
             dweight = torch.zeros_like(weight) if need_weight else None
-            return dh if need_x else None, dweight, dh if need_residual else None, None
-        dx, dweight = torch.ops.openllama.rms_norm_bwd(
+            return dh if need_x else None, dweight, dh if need_residual else None, None, None
+        dx, dweight = library.ops(ctx.backend).rms_norm_bwd(
             checks.rows(dy, hidden),
             None if dh is None else checks.rows(dh, hidden),
             h,
@@ -114,7 +121,7 @@ class _RmsNorm(torch.autograd.Function):
         )
         dx = dx.view(dy.shape) if need_x or need_residual else None
         dweight = dweight.to(weight.dtype) if need_weight else None
-        return dx if need_x else None, dweight, dx if need_residual else None, None
+        return dx if need_x else None, dweight, dx if need_residual else None, None, None
 
 
 @library.fake("rms_norm_fwd")

@@ -60,7 +60,8 @@ def rotary(
     rotated = _check(x, cos, sin, positions, rotated)
     cos, sin = cos.detach(), sin.detach()  # constants, on every backend
     dense = _is_dense(x)
-    if backends.choose("rotary", x, backend) == "reference":
+    chosen = backends.choose("rotary", x, backend)
+    if chosen == "reference":
         _check_positions(positions, cos)
         out = rotary_reference(x, cos, sin, positions, rotated)
         return x.copy_(out) if inplace else out
@@ -70,7 +71,7 @@ def rotary(
         torch.compiler.is_compiling()
     )  # Dynamo can't trace a view that a Function writes to: the graph copies
     dense_x = x if dense else x.clone(memory_format=torch.contiguous_format)
-    out = _Rotary.apply(dense_x, cos, sin, _as_int32(positions), rotated, inplace and not compiling)
+    out = _Rotary.apply(dense_x, cos, sin, _as_int32(positions), rotated, inplace and not compiling, chosen)
     return x.copy_(out) if inplace and compiling else out
 
 
@@ -184,13 +185,14 @@ def _as_int32(positions: torch.Tensor) -> torch.Tensor:
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, cos, sin, positions, rotated: int, inplace: bool) -> torch.Tensor:
+    def forward(ctx: Any, x, cos, sin, positions, rotated: int, inplace: bool, backend: str) -> torch.Tensor:
         cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
         ctx.save_for_backward(cos, sin, positions)
-        ctx.rotated = rotated
+        ctx.rotated, ctx.backend = rotated, backend
+        ops = library.ops(backend)
         if not inplace:
-            return torch.ops.openllama.rotary(x, cos, sin, positions, rotated, False)
-        torch.ops.openllama.rotary_(x, cos, sin, positions, rotated, False)
+            return ops.rotary(x, cos, sin, positions, 0, rotated, False, False)
+        ops.rotary_(x, cos, sin, positions, 0, rotated, False, False)
         ctx.mark_dirty(x)
         return x
 
@@ -199,17 +201,21 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
         dout = dout if _is_dense(dout) else dout.clone(memory_format=torch.contiguous_format)
-        dx = torch.ops.openllama.rotary(dout, cos, sin, positions, ctx.rotated, True)
-        return dx, None, None, None, None, None
+        dx = library.ops(ctx.backend).rotary(dout, cos, sin, positions, 0, ctx.rotated, False, True)
+        return dx, None, None, None, None, None, None
 
 
 @library.fake("rotary")
-def _(x: torch.Tensor, cos, sin, positions, rotated: int, inverse: bool) -> torch.Tensor:
+def _(
+    x: torch.Tensor, cos, sin, positions, offset: int, rotated: int, interleaved: bool, inverse: bool
+) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
 @library.fake("rotary_")
-def _(x: torch.Tensor, cos, sin, positions, rotated: int, inverse: bool) -> None:
+def _(
+    x: torch.Tensor, cos, sin, positions, offset: int, rotated: int, interleaved: bool, inverse: bool
+) -> None:
     return None
 
 

@@ -1,63 +1,106 @@
-// rotary: binding of its CPU kernel.
+// rotary: binding of its CPU and CUDA kernels.
 #include "common.h"
 
 namespace openllama {
 namespace {
 
 Rotary arguments(const Tensor& x, const Tensor& out, const Tensor& cos, const Tensor& sin,
-                 const Tensor& positions, int64_t rotated, bool inverse) {
+                 const OptionalTensor& positions, int64_t offset, int64_t rotated, bool interleaved,
+                 bool inverse) {
   require(x.dim() == 3 && ((x.stride(2) == 1 && x.stride(1) == x.size(2)) || x.size(0) == 0),
           "openllama: x must be (tokens, heads, head_dim) with contiguous tokens");
-  const int64_t tokens = x.size(0), heads = x.size(1), head_dim = x.size(2), table_rows = cos.size(0);
-  require(head_dim % 2 == 0 && rotated >= 0 && rotated <= heads,
-          "openllama: head_dim must be even and rotated at most heads");
-  check_flat(cos, "cos", table_rows * head_dim / 2, ScalarType::Float, x);
-  check_flat(sin, "sin", table_rows * head_dim / 2, ScalarType::Float, x);
-  check_flat(positions, "positions", tokens, ScalarType::Int, x);
+  require(cos.dim() == 2, "openllama: cos must be (positions, rotary_dim / 2)");
+  const int64_t tokens = x.size(0), heads = x.size(1), head_dim = x.size(2);
+  const int64_t table_rows = cos.size(0), rotary_dim = 2 * cos.size(1);
+  require(rotary_dim <= head_dim && rotated >= 0 && rotated <= heads,
+          "openllama: rotary_dim must be at most head_dim, and rotated at most heads");
+  check_flat(cos, "cos", table_rows * rotary_dim / 2, ScalarType::Float, x);
+  check_flat(sin, "sin", table_rows * rotary_dim / 2, ScalarType::Float, x);
+  if (positions) check_flat(*positions, "positions", tokens, ScalarType::Int, x);
   return {x.const_data_ptr(),
           out.mutable_data_ptr(),
           floats(cos),
           floats(sin),
-          static_cast<const int32_t*>(positions.const_data_ptr()),
+          static_cast<const int32_t*>(data(positions)),
+          offset,
           tokens,
           heads,
           head_dim,
+          rotary_dim,
           rotated,
           x.stride(0),
           out.stride(0),
           table_rows,
+          interleaved,
           inverse,
-          cpu_dtype_of(x)};
+          dtype_of(x)};
 }
 
-void run(const Rotary& args) {
-  for (int64_t i = 0; i < args.tokens; ++i)  // first, or an in-place call would stop half-way
-    require(args.positions[i] >= 0 && args.positions[i] < args.table_rows, "rotary: positions[", i, "] is ",
-            args.positions[i], ", outside the table's ", args.table_rows,
-            " rows; raise max_positions or shorten the input");
-  for_rows(args.tokens, args.heads * args.head_dim * 4,
-           [&](int64_t begin, int64_t end) { CPU_CALL(rotary, args, begin, end); });
+void run_cpu(const Rotary& a) {
+  const auto position = [&](int64_t i) { return (a.positions ? a.positions[i] : i) + a.offset; };
+  for (int64_t i = 0; i < a.tokens; ++i)  // first, or an in-place call would stop half-way
+    require(position(i) >= 0 && position(i) < a.table_rows, "rotary: positions[", i, "] is ", position(i),
+            ", outside the table's ", a.table_rows, " rows; raise max_positions or shorten the input");
+  for_rows(a.tokens, a.heads * a.head_dim * 4,
+           [&](int64_t begin, int64_t end) { CPU_CALL(rotary, a, begin, end); });
 }
 
-Tensor rotary_cpu(Tensor x, Tensor cos, Tensor sin, Tensor positions, int64_t rotated, bool inverse) {
+Tensor rotary_cpu(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, int64_t offset, int64_t rotated,
+                  bool interleaved, bool inverse) {
+  cpu_dtype_of(x);
   Tensor out = new_like(x, {x.size(0), x.size(1), x.size(2)});
-  run(arguments(x, out, cos, sin, positions, rotated, inverse));
+  run_cpu(arguments(x, out, cos, sin, positions, offset, rotated, interleaved, inverse));
   return out;
 }
 
-void inplace_cpu(Tensor x, Tensor cos, Tensor sin, Tensor positions, int64_t rotated, bool inverse) {
-  run(arguments(x, x, cos, sin, positions, rotated, inverse));
+void inplace_cpu(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, int64_t offset, int64_t rotated,
+                 bool interleaved, bool inverse) {
+  cpu_dtype_of(x);
+  run_cpu(arguments(x, x, cos, sin, positions, offset, rotated, interleaved, inverse));
 }
+
+#ifdef USE_CUDA
+
+Tensor rotary_cuda(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, int64_t offset,
+                   int64_t rotated, bool interleaved, bool inverse) {
+  const CudaScope scope(x);
+  Tensor out = new_like(x, {x.size(0), x.size(1), x.size(2)});
+  check(cuda::rotary(arguments(x, out, cos, sin, positions, offset, rotated, interleaved, inverse),
+                     scope.stream),
+        "rotary");
+  return out;
+}
+
+void inplace_cuda(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, int64_t offset, int64_t rotated,
+                  bool interleaved, bool inverse) {
+  const CudaScope scope(x);
+  check(
+      cuda::rotary(arguments(x, x, cos, sin, positions, offset, rotated, interleaved, inverse), scope.stream),
+      "rotary_");
+}
+
+#endif
 
 }  // namespace
 }  // namespace openllama
 
 STABLE_TORCH_LIBRARY_FRAGMENT(openllama, m) {
-  m.def("rotary(Tensor x, Tensor cos, Tensor sin, Tensor positions, int rotated, bool inverse) -> Tensor");
-  m.def("rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor positions, int rotated, bool inverse) -> ()");
+  m.def(
+      "rotary(Tensor x, Tensor cos, Tensor sin, Tensor? positions, int offset, int rotated, bool interleaved,"
+      " bool inverse) -> Tensor");
+  m.def(
+      "rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, int offset, int rotated,"
+      " bool interleaved, bool inverse) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openllama, CPU, m) {
   m.impl("rotary", TORCH_BOX(&openllama::rotary_cpu));
   m.impl("rotary_", TORCH_BOX(&openllama::inplace_cpu));
 }
+
+#ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(openllama, CUDA, m) {
+  m.impl("rotary", TORCH_BOX(&openllama::rotary_cuda));
+  m.impl("rotary_", TORCH_BOX(&openllama::inplace_cuda));
+}
+#endif

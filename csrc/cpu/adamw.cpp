@@ -10,17 +10,18 @@ template <class P, class G>
 void update(const AdamWTensor& t, const AdamWStep& s, int64_t begin, int64_t end) {
   P* param = static_cast<P*>(t.param);
   const G* grad = static_cast<const G*>(t.grad);
-  const bool has_master = t.master != nullptr;
+  float *exp_avg = static_cast<float*>(t.exp_avg), *exp_avg_sq = static_cast<float*>(t.exp_avg_sq);
+  float* master = static_cast<float*>(t.master);
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
-    const float g = to_float(grad[i]);
-    const float m = t.exp_avg[i] + (g - t.exp_avg[i]) * s.new1;
-    const float v = s.beta2 * t.exp_avg_sq[i] + s.new2 * g * g;
-    const float weight = has_master ? t.master[i] : to_float(param[i]);
+    const float g = to_float(grad[i]) * s.grad_scale;
+    const float m = exp_avg[i] + (g - exp_avg[i]) * s.new1;
+    const float v = s.beta2 * exp_avg_sq[i] + s.new2 * g * g;
+    const float weight = master ? master[i] : to_float(param[i]);
     const float next = weight * s.keep - s.step_size * m / (std::sqrt(v) * s.root_scale + s.eps);
-    t.exp_avg[i] = m;
-    t.exp_avg_sq[i] = v;
-    if (has_master) t.master[i] = next;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    if (master) master[i] = next;
     param[i] = from_float<P>(next);
   }
 }

@@ -2,11 +2,33 @@
 // log of the sum above that; backward recomputes the softmax from it, so that nothing of the logits' size is
 // stored in between.
 #include <cmath>
+#include <type_traits>
 
 #include "vec.h"
 
 namespace openllama::cpu::CPU_ARCH {
 namespace {
+
+// l = softcap tanh(logit / softcap) and its slope, or the logit itself.
+template <bool capped>
+struct Cap {
+  float cap;
+  float operator()(float logit) const {
+    return capped ? cap - 2.0f * cap / (exp(2.0f * logit / cap) + 1.0f) : logit;
+  }
+  float slope(float l) const { return capped ? 1.0f - (l / cap) * (l / cap) : 1.0f; }
+};
+
+// Calls body(T{}, std::bool_constant<whether the logits are capped>).
+template <class F>
+void with_logits(const CrossEntropy& a, F body) {
+  with_dtype(a.dtype, [&](auto t) {
+    if (a.softcap != 0.0f)
+      body(t, std::true_type{});
+    else
+      body(t, std::false_type{});
+  });
+}
 
 // Lanes, because a plain running maximum has to keep NaN's place and the compiler then leaves it scalar.
 template <class T>
@@ -33,9 +55,9 @@ struct LogSumExp {
 };
 
 // Sums of 1,024, then their sum: the rounding of one long sum would grow with the vocabulary.
-template <class T>
-LogSumExp logsumexp(const T* logits, int64_t vocab) {
-  float top = maximum(logits, vocab);
+template <class T, class C>
+LogSumExp logsumexp(const T* logits, int64_t vocab, C cap) {
+  float top = cap(maximum(logits, vocab));
   if (std::isinf(top)) top = top > 0 ? 0.0f : top;  // +inf: let exp overflow to inf, as it should
   if (std::isinf(top)) return {top, 0.0f};          // all -inf
   float sum = 0;
@@ -43,7 +65,7 @@ LogSumExp logsumexp(const T* logits, int64_t vocab) {
     const int64_t end = begin + 1024 < vocab ? begin + 1024 : vocab;
     float part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t c = begin; c < end; ++c) part += exp(to_float(logits[c]) - top);
+    for (int64_t c = begin; c < end; ++c) part += exp(cap(to_float(logits[c])) - top);
     sum += part;
   }
   return {top, std::log(sum)};
@@ -54,8 +76,9 @@ LogSumExp logsumexp(const T* logits, int64_t vocab) {
 // Both return the first row whose label is neither ignored nor in the vocabulary, or -1.
 int64_t cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
   int64_t bad = -1;
-  with_dtype(a.dtype, [&](auto t) {
+  with_logits(a, [&](auto t, auto capped) {
     using T = decltype(t);
+    const Cap<capped> cap{a.softcap};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t label = a.labels[i];
       a.loss[i] = a.lse[2 * i] = a.lse[2 * i + 1] = 0;
@@ -65,9 +88,10 @@ int64_t cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
         return;
       }
       const T* logits = row<T>(a.logits, i, a.logits_stride);
-      const LogSumExp lse = logsumexp(logits, a.vocab);
+      const LogSumExp lse = logsumexp(logits, a.vocab, cap);
+      const float s = lse.top + lse.log_sum;
       a.lse[2 * i] = lse.top, a.lse[2 * i + 1] = lse.log_sum;
-      a.loss[i] = lse.log_sum - (to_float(logits[label]) - lse.top);
+      a.loss[i] = lse.log_sum - (cap(to_float(logits[label])) - lse.top) + a.z_loss * s * s;
     }
   });
   return bad;
@@ -75,8 +99,9 @@ int64_t cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
 
 int64_t cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
   int64_t bad = -1;
-  with_dtype(a.dtype, [&](auto t) {
+  with_logits(a, [&](auto t, auto capped) {
     using T = decltype(t);
+    const Cap<capped> cap{a.softcap};
     for (int64_t i = begin; i < end; ++i) {
       T* dlogits = row<T>(a.dlogits, i, a.dlogits_stride);
       const int64_t label = a.labels[i];
@@ -89,12 +114,15 @@ int64_t cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
         return;
       }
       const T* logits = row<T>(a.logits, i, a.logits_stride);
-      const float top = a.lse[2 * i], log_sum = a.lse[2 * i + 1], scale = a.dloss[i];
-      const auto softmax = [&](int64_t c) { return exp((to_float(logits[c]) - top) - log_sum); };
-      const T at_label =
-          from_float<T>((softmax(label) - 1.0f) * scale);  // before dlogits, which may be logits
+      const float top = a.lse[2 * i], log_sum = a.lse[2 * i + 1], dloss = a.dloss ? a.dloss[i] : 1.0f;
+      const float z = a.z_loss != 0.0f ? 2.0f * a.z_loss * (top + log_sum) : 0.0f;
+      const auto gradient = [&](int64_t c, float onehot) {
+        const float l = cap(to_float(logits[c])), p = exp((l - top) - log_sum);
+        return ((p - onehot) + z * p) * dloss * cap.slope(l);
+      };
+      const T at_label = from_float<T>(gradient(label, 1.0f));  // before dlogits, which may be logits
 #pragma omp simd
-      for (int64_t c = 0; c < a.vocab; ++c) dlogits[c] = from_float<T>(softmax(c) * scale);
+      for (int64_t c = 0; c < a.vocab; ++c) dlogits[c] = from_float<T>(gradient(c, 0.0f));
       dlogits[label] = at_label;
     }
   });

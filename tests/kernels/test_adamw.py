@@ -164,7 +164,19 @@ def test_opcheck():
         run = Run([(7,), (3, 5)], dtype, "cpu")
         torch.library.opcheck(
             torch.ops.openllama.adamw_.default,
-            (run.params, run.grads(), *run.lists[1:], 1e-2, 0.9, 0.999, 1e-8, 0.1, 1),
+            (
+                run.params,
+                run.grads(),
+                *run.lists[1:],
+                [],
+                [0, 0],
+                [1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0],
+                None,
+                None,
+                None,
+                0,
+                [0, 7],
+            ),
         )
 
 

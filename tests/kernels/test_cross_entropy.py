@@ -40,12 +40,15 @@ class TestCrossEntropy(Contract):
         if device == "cuda" or dtype not in (F32, BF16):
             pytest.skip("the raw op has no such kernel")
         logits, labels = random((5, 40), dtype, device, 0)[:, 3:20], labels_for(5, 17, device, 0)
-        loss, lse = torch.ops.openllama.cross_entropy_fwd(logits, labels, -100)
+        loss, lse = torch.ops.openllama.cross_entropy_fwd(logits, labels, -100, 0.0, 0.0)
         ops = torch.ops.openllama
         return [
-            (ops.cross_entropy_fwd.default, (logits, labels, -100)),
-            (ops.cross_entropy_bwd.default, (torch.ones_like(loss), logits, labels, lse, -100)),
-            (ops.cross_entropy_bwd_.default, (torch.ones_like(loss), logits.clone(), labels, lse, -100)),
+            (ops.cross_entropy_fwd.default, (logits, labels, -100, 0.0, 0.0)),
+            (ops.cross_entropy_bwd.default, (torch.ones_like(loss), logits, labels, lse, -100, 0.0, 0.0)),
+            (
+                ops.cross_entropy_bwd_.default,
+                (torch.ones_like(loss), logits.clone(), labels, lse, -100, 0.0, 0.0),
+            ),
         ]
 
 
@@ -145,7 +148,7 @@ def test_raw_backward_writes_nothing_for_an_impossible_label():
     logits, dloss = random((4, 41), F32, "cpu", 0), torch.zeros(4)
     with pytest.raises(RuntimeError, match=r"labels\[1\] is 1000"):
         torch.ops.openllama.cross_entropy_bwd(
-            dloss, logits, torch.tensor([0, 1000, 2, 3]), torch.zeros(4, 2), -100
+            dloss, logits, torch.tensor([0, 1000, 2, 3]), torch.zeros(4, 2), -100, 0.0, 0.0
         )
 
 

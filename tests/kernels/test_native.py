@@ -82,7 +82,9 @@ def test_errors_of_values_begin_with_the_message(call, message):
 
 X, W, R = torch.zeros(2, 8), torch.zeros(8), torch.zeros(2)
 LABELS, LSE, POSITIONS, TABLE = R.long(), torch.zeros(2, 2), R.int(), torch.zeros(4, 4)
-ROTARY = {"x": X[:, None], "cos": TABLE, "sin": TABLE, "positions": POSITIONS, "rotated": 1, "inverse": False}
+LOSS = {"ignore_index": -100, "softcap": 0.0, "z_loss": 0.0}
+ROTARY = {"x": X[:, None], "cos": TABLE, "sin": TABLE, "positions": POSITIONS, "offset": 0, "rotated": 1,
+          "interleaved": False, "inverse": False}  # fmt: skip
 
 # Raw ops and arguments that they take. Each tensor that is not the main one is moved to another device in turn.
 CALLS = {
@@ -90,27 +92,31 @@ CALLS = {
     "rms_norm_bwd": ("h", {"dy": X, "dh": X, "h": X, "weight": W, "rstd": R, "need_dx": True, "need_dweight": True}),
     "rotary": ("x", ROTARY),
     "rotary_": ("x", ROTARY),
+    "swiglu_bwd_": ("gate_up", {"dact": X[:, :4], "gate_up": X}),
     "swiglu_bwd": ("gate_up", {"dact": X[:, :4], "gate_up": X}),
-    "cross_entropy_fwd": ("logits", {"logits": X, "labels": LABELS, "ignore_index": -100}),
-    "cross_entropy_bwd": ("logits", {"dloss": R, "logits": X, "labels": LABELS, "lse": LSE, "ignore_index": -100}),
-    "cross_entropy_bwd_": ("logits", {"dloss": R, "logits": X, "labels": LABELS, "lse": LSE, "ignore_index": -100}),
+    "cross_entropy_fwd": ("logits", {"logits": X, "labels": LABELS, **LOSS}),
+    "cross_entropy_bwd": ("logits", {"dloss": R, "logits": X, "labels": LABELS, "lse": LSE, **LOSS}),
+    "cross_entropy_bwd_": ("logits", {"dloss": R, "logits": X, "labels": LABELS, "lse": LSE, **LOSS}),
+    "cross_entropy_fwd_bwd_": ("logits", {"logits": X, "labels": LABELS, "dloss": R, **LOSS}),
     "adamw_": ("params", {"params": [W.bfloat16()], "grads": [W], "exp_avgs": [W], "exp_avg_sqs": [W], "masters": [W],
-                          "lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 0.1, "weight_decay": 0.1, "step": 1}),
+                          "scales": [], "groups": [0], "numbers": [0.1, 0.9, 0.9, 0.1, 0.1, 1.0], "lrs": None,
+                          "steps": None, "grad_scale": W[:1], "seed": 0, "firsts": [0]}),
 }  # fmt: skip
 
 #: In a process of its own: a kernel that reads a tensor of another device kills it.
 ELSEWHERE = """
 import torch
 from tests.kernels.test_native import CALLS
+is_tensors = lambda value: isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
 cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 for name, (main, arguments) in CALLS.items():
     op = getattr(torch.ops.openllama, name).default
-    fresh = {k: [t.clone() for t in v] if isinstance(v, list) else v for k, v in arguments.items()}
+    fresh = {k: [t.clone() for t in v] if is_tensors(v) else v for k, v in arguments.items()}
     op.redispatch(cpu, *fresh.values())
     for key, value in arguments.items():
-        if key == main or not isinstance(value, (torch.Tensor, list)):
+        if key == main or not (isinstance(value, torch.Tensor) or is_tensors(value)):
             continue
-        moved = [t.to("meta") for t in value] if isinstance(value, list) else value.to("meta")
+        moved = [t.to("meta") for t in value] if is_tensors(value) else value.to("meta")
         print(name, key, flush=True)
         try:
             op.redispatch(cpu, *{**arguments, key: moved}.values())

@@ -57,7 +57,7 @@ class TestRotary(Contract):
         (x,), constants = self.make(5, (6, 2, 8), dtype, device)
         ops = torch.ops.openllama
         return [
-            (op.default, (x[:, 1:4], *constants, inverse))
+            (op.default, (x[:, 1:4], *constants[:3], 0, constants[3], False, inverse))
             for op in (ops.rotary, ops.rotary_)
             for inverse in (False, True)
         ]
