@@ -1,10 +1,12 @@
-// Shared by the CUDA kernels: element conversion, vector access, reductions. No torch.
+// Shared by the CUDA kernels: element conversion, vector access, reductions, launch sizes. No torch.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "ops.h"
 
@@ -29,50 +31,152 @@ __device__ __forceinline__ __half from_float<__half>(float v) {
   return __float2half_rn(v);
 }
 
-// N neighbouring elements, moved as one access where N * sizeof(T) is at most 16 bytes.
-template <class T, int N>
-struct alignas(N * sizeof(T) > 16 ? 16 : N * sizeof(T)) Vec {
-  T data[N];
+// ---------------------------------------------------------------- memory
+
+// Two 16-bit elements in a word. (Held one by one, the compiler gives each a register of its own.)
+template <class T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  static __device__ __forceinline__ float low(uint32_t word) { return __uint_as_float(word << 16); }
+  static __device__ __forceinline__ float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+  static __device__ __forceinline__ uint32_t of(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+};
+template <>
+struct Pair<__half> {
+  static __device__ __forceinline__ float low(uint32_t word) {
+    return __low2float(reinterpret_cast<const __half2&>(word));
+  }
+  static __device__ __forceinline__ float high(uint32_t word) {
+    return __high2float(reinterpret_cast<const __half2&>(word));
+  }
+  static __device__ __forceinline__ uint32_t of(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 };
 
-template <int N, class T>
-__device__ __forceinline__ void load(float (&to)[N], const T* from) {
-  const auto v = *reinterpret_cast<const Vec<T, N>*>(from);
+// N neighbouring elements as they lie in memory, moved 16 bytes at a time. A row waits in this form, in half
+// as many registers as its floats would take.
+template <class T, int N>
+struct alignas(N * sizeof(T) > 16 ? 16 : N * sizeof(T)) Vec {
+  static constexpr bool pairs = sizeof(T) == 2 && N % 2 == 0;
+  std::conditional_t<pairs, uint32_t, T> words[pairs ? N / 2 : N];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (pairs)
+      return i % 2 ? Pair<T>::high(words[i / 2]) : Pair<T>::low(words[i / 2]);
+    else
+      return to_float(words[i]);
+  }
+
+  static __device__ __forceinline__ Vec of(const float (&from)[N]) {
+    Vec v;
+    if constexpr (pairs) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = to_float(v.data[i]);
-}
+      for (int i = 0; i < N; i += 2) v.words[i / 2] = Pair<T>::of(from[i], from[i + 1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) v.words[i] = from_float<T>(from[i]);
+    }
+    return v;
+  }
+};
+
+// Elements of one access.
+template <class T>
+constexpr int kPack = 16 / sizeof(T);
 
 template <int N, class T>
-__device__ __forceinline__ void store(T* to, const float (&from)[N]) {
-  Vec<T, N> v;
-#pragma unroll
-  for (int i = 0; i < N; ++i) v.data[i] = from_float<T>(from[i]);
+__device__ __forceinline__ Vec<T, N> load(const T* from) {
+  return *reinterpret_cast<const Vec<T, N>*>(from);
+}
+
+// What is read once: it passes L1 by, which is left to weights and tables.
+template <int N, class T>
+__device__ __forceinline__ Vec<T, N> stream(const T* from) {
+  if constexpr (N * sizeof(T) == 16) {
+    uint4 bits;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "l"(from));
+    return *reinterpret_cast<Vec<T, N>*>(&bits);
+  } else {
+    return load<N>(from);
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store(T* to, const Vec<T, N>& v) {
   *reinterpret_cast<Vec<T, N>*>(to) = v;
 }
 
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int lane = 16; lane; lane /= 2) v += __shfl_xor_sync(0xffffffff, v, lane);
+// 16 bytes to shared memory while the thread goes on; copies_end closes a group of them.
+__device__ __forceinline__ void copy_async(uint4* to, const void* from) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for this thread's groups but the last `pending` ones.
+template <int pending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ---------------------------------------------------------------- reductions
+
+// Over `lanes` neighbouring threads of a warp, a power of two; each of them gets the result.
+__device__ __forceinline__ float warp_sum(float v, int lanes = 32) {
+  for (int lane = lanes / 2; lane; lane /= 2) v += __shfl_xor_sync(0xffffffff, v, lane);
   return v;
 }
 
-// Sum over the block; every thread gets it. `scratch` holds 33 floats; call with all threads of the block.
-__device__ __forceinline__ float block_sum(float v, float* scratch) {
-  v = warp_sum(v);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = (blockDim.x + 31) / 32;
-  __syncthreads();  // the last sum's readers are done with scratch
-  if (lane == 0) scratch[warp] = v;
-  __syncthreads();
-  if (warp == 0) {
-    v = warp_sum(lane < warps ? scratch[lane] : 0.0f);
-    if (lane == 0) scratch[32] = v;
-  }
-  __syncthreads();
-  return scratch[32];
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+  for (int lane = 16; lane; lane /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, lane));
+  return v;
 }
 
-inline bool aligned(const void* pointer, int64_t stride_bytes) {
+// Sums over a block, one after the other, each at the price of one barrier.
+struct BlockSum {
+  float warps[2][32];  // two, as a slow warp may still read one sum when the next one is written
+
+  // Every thread gets the sum of all threads' v; `turn` is 0, 1, 0, 1, ... from call to call.
+  __device__ __forceinline__ float operator()(float v, int turn) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = blockDim.x / 32;
+    v = warp_sum(v);
+    if (lane == 0) warps[turn][warp] = v;
+    __syncthreads();
+    return warp_sum(lane < count ? warps[turn][lane] : 0.0f);
+  }
+};
+
+// ---------------------------------------------------------------- launches
+
+inline bool aligned(const void* pointer, int64_t stride_bytes = 0) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride_bytes % 16 == 0;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks of `kernel` that the current device holds at once, at least 1.
+template <class Kernel>
+int64_t resident_blocks(Kernel kernel, int threads, size_t shared = 0) {
+  int device = 0, processors = 1, each = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
+  return static_cast<int64_t>(std::max(each, 1)) * processors;
+}
+
+// As few blocks as take `items` in as many rounds as `resident` blocks would: all have the same number, to
+// one.
+inline int64_t even_blocks(int64_t items, int64_t resident) {
+  return ceil_div(items, std::max<int64_t>(1, ceil_div(items, resident)));
 }
 
 // Calls body(T{}) for the element type.

@@ -83,6 +83,18 @@ struct CrossEntropy {
   Dtype dtype;
 };
 
+// dweight[id] += sum of dy[order[i]] over the i with ids[i] == id. ids are sorted, order is their stable
+// sort's.
+struct EmbeddingBwd {
+  void* dweight;       // (vocab, hidden), dy's dtype or f32
+  const void* dy;      // (tokens, hidden)
+  const int64_t* ids;  // (tokens)
+  const int64_t* order;
+  int64_t tokens, hidden, dy_stride, dweight_stride;
+  bool packs;  // whether rows of dy lie on 16 bytes; set by the launcher
+  Dtype dtype, dweight_dtype;
+};
+
 // ---------------------------------------------------------------- AdamW
 
 // Where the exact weight is: in the param itself (fp32), in an fp32 master, in a bf16 param and the low 16
@@ -104,6 +116,7 @@ struct AdamWTensor {
   int64_t first;  // number of its first element among all of the optimizer's, which keys its random bits
   int32_t group;  // of AdamWGroup
   Dtype param_dtype, grad_dtype;
+  bool packs;  // whether all lie on 16 bytes; set by the launcher
 };
 
 // What tensors share.
@@ -125,11 +138,13 @@ struct GradNormTensor {
   const void* grad;
   int64_t size;
   Dtype dtype;
+  bool packs;  // whether it lies on 16 bytes; set by the launcher
 };
 
 #ifdef USE_CUDA
 namespace cuda {
 cudaError_t rms_norm_fwd(const RmsNormFwd&, cudaStream_t);
+int64_t rms_norm_bwd_blocks(const RmsNormBwd&);  // how many blocks, and rows of dweight_blocks, it will use
 cudaError_t rms_norm_bwd(const RmsNormBwd&, cudaStream_t);
 cudaError_t rotary(const Rotary&, cudaStream_t);
 cudaError_t swiglu_fwd(const Swiglu&, cudaStream_t);
@@ -137,6 +152,7 @@ cudaError_t swiglu_bwd(const Swiglu&, cudaStream_t);
 cudaError_t cross_entropy_fwd(const CrossEntropy&, cudaStream_t);
 cudaError_t cross_entropy_bwd(const CrossEntropy&, cudaStream_t);
 cudaError_t cross_entropy_fwd_bwd(const CrossEntropy&, cudaStream_t);
+cudaError_t embedding_bwd(EmbeddingBwd, cudaStream_t);
 // lrs, steps (one a group) and grad_scale are read on the device; null: those of the groups, and 1.
 cudaError_t adamw(const std::vector<AdamWTensor>&, const std::vector<AdamWGroup>&, Master, Moments,
                   const float* lrs, const float* steps, const float* grad_scale, uint32_t seed, cudaStream_t);

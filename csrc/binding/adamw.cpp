@@ -72,7 +72,7 @@ List checked(const Tensors& params, const Tensors& grads, const Tensors& exp_avg
                             exp_avgs[i].mutable_data_ptr(), exp_avg_sqs[i].mutable_data_ptr(),
                             has_masters ? masters[i].mutable_data_ptr() : nullptr,
                             has_scales ? mutable_floats(scales[i]) : nullptr, size, firsts[i],
-                            int32_t(groups[i]), dtype_of(params[i]), dtype_of(grads[i])});
+                            int32_t(groups[i]), dtype_of(params[i]), dtype_of(grads[i]), false});
   }
   for (size_t i = 0; i < numbers.size(); i += 6)
     list.groups.push_back(
@@ -160,7 +160,7 @@ Tensor grad_norm_cuda(Tensors grads, double max_norm) {
   std::vector<GradNormTensor> list;
   for (const Tensor& grad : grads) {
     check_flat(grad, "grad", grad.numel(), grad.scalar_type(), grads[0]);
-    list.push_back({grad.const_data_ptr(), grad.numel(), dtype_of(grad)});
+    list.push_back({grad.const_data_ptr(), grad.numel(), dtype_of(grad), false});
   }
   Tensor out = new_f32(grads[0], {2});
   Tensor partial = new_f32(grads[0], {cuda::grad_norm_blocks()});

@@ -39,8 +39,10 @@ struct Backward {
   RmsNormBwd args;
 };
 
+// blocks_of(arguments) tells how many partial sums of dweight there are to be.
+template <class F>
 Backward prepare_bwd(const Tensor& dy, const OptionalTensor& dh, const Tensor& h, const Tensor& weight,
-                     const Tensor& rstd, bool need_dx, bool need_dweight, int64_t blocks) {
+                     const Tensor& rstd, bool need_dx, bool need_dweight, const F& blocks_of) {
   const int64_t rows = h.size(0), hidden = h.size(1);
   check_like(h, "h", h);
   check_like(dy, "dy", h);
@@ -49,7 +51,7 @@ Backward prepare_bwd(const Tensor& dy, const OptionalTensor& dh, const Tensor& h
   check_flat(rstd, "rstd", rows, ScalarType::Float, h);
   Backward b{new_like(h, {need_dx ? rows : 0, need_dx ? hidden : 0}),
              new_f32(h, {need_dweight ? hidden : 0}),
-             new_f32(h, {need_dweight ? blocks : 0, hidden}),
+             new_f32(h, {0, hidden}),
              {}};
   b.args = {dy.const_data_ptr(),
             data(dh),
@@ -57,16 +59,21 @@ Backward prepare_bwd(const Tensor& dy, const OptionalTensor& dh, const Tensor& h
             weight.const_data_ptr(),
             floats(rstd),
             need_dx ? b.dx.mutable_data_ptr() : nullptr,
-            need_dweight ? mutable_floats(b.blocks) : nullptr,
+            nullptr,
             need_dweight ? mutable_floats(b.dweight) : nullptr,
             rows,
             hidden,
             dy.stride(0),
             row_stride(dh),
             h.stride(0),
-            blocks,
+            0,
             dtype_of(h),
             dtype_of(weight)};
+  b.args.blocks = blocks_of(b.args);
+  if (need_dweight) {
+    b.blocks = new_f32(h, {b.args.blocks, hidden});
+    b.args.dweight_blocks = mutable_floats(b.blocks);
+  }
   return b;
 }
 
@@ -82,7 +89,8 @@ std::tuple<Tensor, Tensor> bwd_cpu(Tensor dy, OptionalTensor dh, Tensor h, Tenso
                                    bool need_dx, bool need_dweight) {
   cpu_dtype_of(h), cpu_dtype_of(weight);
   const int64_t blocks = std::clamp<int64_t>(h.size(0) / 16, 1, 64);
-  auto b = prepare_bwd(dy, dh, h, weight, rstd, need_dx, need_dweight, blocks);
+  auto b =
+      prepare_bwd(dy, dh, h, weight, rstd, need_dx, need_dweight, [&](const RmsNormBwd&) { return blocks; });
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) CPU_CALL(rms_norm_bwd, b.args, block);
   });
@@ -104,11 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> fwd_cuda(Tensor x, OptionalTensor residual, T
 std::tuple<Tensor, Tensor> bwd_cuda(Tensor dy, OptionalTensor dh, Tensor h, Tensor weight, Tensor rstd,
                                     bool need_dx, bool need_dweight) {
   const CudaScope scope(h);
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, h.get_device_index()),
-        "rms_norm_bwd");
-  const int64_t blocks = std::clamp<int64_t>(h.size(0), 1, 2 * processors);
-  auto b = prepare_bwd(dy, dh, h, weight, rstd, need_dx, need_dweight, blocks);
+  auto b = prepare_bwd(dy, dh, h, weight, rstd, need_dx, need_dweight, cuda::rms_norm_bwd_blocks);
   check(cuda::rms_norm_bwd(b.args, scope.stream), "rms_norm_bwd");
   return {b.dx, b.dweight};
 }
