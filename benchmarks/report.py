@@ -1,4 +1,4 @@
-"""Turns benchmarks/results/*.json into README.md's tables and docs/speed.{svg,png}: `make report`.
+"""Turns benchmarks/results/*.json into README.md's tables and the pictures in docs/: `make report`.
 
 No figure in the README is typed by hand: what stands between its `<!-- NAME -->` and `<!-- /NAME -->` lines is written
 here, with the device, versions and commit of each run.
@@ -11,10 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report_ops
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-PICTURE = ROOT / "docs" / "speed"
+DOCS = ROOT / "docs"
 
 
 def load(prefix: str) -> list[dict[str, Any]]:
@@ -69,6 +71,19 @@ def ops_table(runs: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"<sub>{source(run)}</sub><br>" for run in runs)])
 
 
+def gpu_runs() -> list[dict[str, Any]]:
+    """The op suite's runs on GPUs, which measure the card's copy rate first."""
+    return [run for run in load("ops-") if report_ops.copy_rate(run) is not None]
+
+
+def gpu_ops(runs: list[dict[str, Any]]) -> str:
+    """The picture, and a table for each card."""
+    if not runs:
+        return "no GPU results stored yet"
+    tables = [f"{report_ops.table(run)}\n\n<sub>{source(run)}</sub>" for run in runs]
+    return "\n\n".join(["![GB/s of each op, beside the card's copy rate](docs/ops.svg)", *tables])
+
+
 def data_table(runs: list[dict[str, Any]]) -> str:
     """Each step from raw text to batches, by processes where it has some; a table for each machine."""
     tables = []
@@ -118,9 +133,13 @@ def draw(runs: list[dict[str, Any]]) -> None:
         xlabel="training speed, ours / peer (same weights, batches and run)", xlim=(0, max(ratios) * 1.15)
     )
     axes.invert_yaxis()
-    PICTURE.parent.mkdir(exist_ok=True)
+    save(figure, "speed")
+
+
+def save(figure: Any, name: str) -> None:
+    DOCS.mkdir(exist_ok=True)
     for suffix in (".svg", ".png"):
-        figure.savefig(PICTURE.with_suffix(suffix), dpi=130)
+        figure.savefig((DOCS / name).with_suffix(suffix), dpi=130)
 
 
 def short_device(name: str) -> str:
@@ -139,7 +158,8 @@ def filled(text: str) -> str:
     """The README's text with its tables made anew."""
     for name, table in (
         ("training", training_table(load("tokens-per-second"))),
-        ("ops", ops_table(load("ops-"))),
+        ("ops", ops_table(load("ops-cpu"))),
+        ("ops-gpu", gpu_ops(gpu_runs())),
         ("data", data_table(load("data-"))),
     ):
         text = fill(text, name, table)
@@ -149,7 +169,11 @@ def filled(text: str) -> str:
 def main() -> None:
     README.write_text(filled(README.read_text()))
     draw(load("tokens-per-second"))
-    print(f"wrote {README.name} and {PICTURE.relative_to(ROOT)}.svg, .png")
+    written = ["speed"]
+    if runs := gpu_runs():
+        save(report_ops.draw(max(runs, key=lambda run: run["date"])), "ops")
+        written.append("ops")
+    print(f"wrote {README.name} and {DOCS.name}/{{{','.join(written)}}}.{{svg,png}}")
 
 
 if __name__ == "__main__":

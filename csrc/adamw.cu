@@ -60,34 +60,59 @@ __device__ __forceinline__ uint32_t round_to_bf16(float v, uint32_t random) {
   return (bits + random) >> 16;
 }
 
-// ---------------------------------------------------------------- 8-bit codes
+// ---------------------------------------------------------------- fast arithmetic
+//
+// The lean forms have some 170 instructions an element before they are slower than memory. Conversions
+// between whole numbers and floats share the slow unit of square roots and logarithms, so they are done by
+// adding 2^23, at which a float's spacing is 1. The approximations are off by 1 or 2 ulps of an update, which
+// is itself rounded into a weight.
 
-constexpr float kPerOctave = 6.375f;  // of exp_avg_sq: 255 codes over 40 octaves
-
-__device__ __forceinline__ float decode_mean(uint32_t code, float scale) {
-  const float q = static_cast<float>(static_cast<int>(code) - 128) * (1.0f / 127.0f);
-  return scale * q * fabsf(q);
+__device__ __forceinline__ float fast_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
-__device__ __forceinline__ uint32_t encode_mean(float m, float scale, float random) {
-  if (scale == 0.0f) return 128;
-  const float share = fabsf(m) / scale, floor = fminf(floorf(sqrtf(share) * 127.0f), 126.0f);
-  const float low = floor * floor * (1.0f / 16129.0f), high = (floor + 1) * (floor + 1) * (1.0f / 16129.0f);
-  const int q = static_cast<int>(floor) + (random < (share - low) / (high - low));
-  return static_cast<uint32_t>(128 + (m < 0 ? -q : q));
+constexpr float k2To23 = 8388608.0f;
+
+// A whole number below 2^23 as a float.
+__device__ __forceinline__ float whole_to_float(uint32_t x) {
+  return __uint_as_float(x | 0x4b000000u) - k2To23;
+}
+// floor of a float in 0 .. 2^22, with the bits of the whole number in the lower half of it.
+__device__ __forceinline__ float floor_above_2_to_23(float x) { return __fadd_rd(x, k2To23); }
+
+// ---------------------------------------------------------------- 8-bit codes
+
+constexpr float kPerOctave = 6.375f;      // of exp_avg_sq: 255 codes over 40 octaves
+constexpr float kSpacing = 0.114863549f;  // 2^(1 / kPerOctave) - 1
+
+__device__ __forceinline__ float decode_mean(uint32_t code, float scale) {
+  const float q = whole_to_float(code) - 128.0f;
+  return scale * (1.0f / 16129.0f) * q * fabsf(q);
+}
+
+// `random` is in [0, 1), `inverse` is 1 / scale.
+__device__ __forceinline__ uint32_t encode_mean(float m, float inverse, float random) {
+  const float square = fabsf(m) * inverse * 16129.0f;  // of |q|
+  const float above = floor_above_2_to_23(fminf(fast_sqrt(square), 126.0f)), floor = above - k2To23;
+  // between floor^2 and (floor + 1)^2
+  const uint32_t q =
+      (__float_as_uint(above) & 0xff) + (random * (2.0f * floor + 1.0f) < square - floor * floor);
+  return m < 0.0f ? 128 - q : 128 + q;
 }
 
 __device__ __forceinline__ float decode_square(uint32_t code, float scale) {
-  return code ? scale * exp2f(static_cast<float>(static_cast<int>(code) - 255) * (1.0f / kPerOctave)) : 0.0f;
+  return code ? scale * fast_exp2((whole_to_float(code) - 255.0f) * (1.0f / kPerOctave)) : 0.0f;
 }
 
-__device__ __forceinline__ uint32_t encode_square(float v, float scale, float random) {
-  if (!(v > 0.0f)) return 0;
-  const float share = v / scale,
-              floor = fminf(fmaxf(floorf(255.0f + kPerOctave * log2f(share)), 1.0f), 254.0f);
-  const float low = exp2f((floor - 255.0f) * (1.0f / kPerOctave));
-  const float high = exp2f((floor - 254.0f) * (1.0f / kPerOctave));
-  return static_cast<uint32_t>(floor) + (random < (share - low) / (high - low));
+__device__ __forceinline__ uint32_t encode_square(float v, float inverse, float random) {
+  const float place = 255.0f + kPerOctave * __log2f(v * inverse);
+  const float above = floor_above_2_to_23(fminf(fmaxf(place, 1.0f), 254.0f)), floor = above - k2To23;
+  // between the values of floor and floor + 1, relative to the first
+  const float share = fast_exp2((place - floor) * (1.0f / kPerOctave)) - 1.0f;
+  const uint32_t code = (__float_as_uint(above) & 0xff) + (random * kSpacing < share);
+  return v > 0.0f ? code : 0;
 }
 
 // ---------------------------------------------------------------- memory
@@ -269,6 +294,8 @@ __device__ __forceinline__ void write_moments(const float (&m)[E], const float (
       m_scale = warp_max(m_scale);
       v_scale = warp_max(v_scale);
     }
+    const float m_inverse = m_scale > 0.0f ? 1.0f / m_scale : 0.0f,
+                v_inverse = v_scale > 0.0f ? 1.0f / v_scale : 0.0f;
 #pragma unroll
     for (int i = 0; i < E; ++i) {
       const uint32_t m_random = random[i] >> 16, v_random = mix(random[i] + 0x9e3779b9u) & 0xffff;
@@ -276,8 +303,8 @@ __device__ __forceinline__ void write_moments(const float (&m)[E], const float (
         m_bits[i] = round_to_bf16(m[i], m_random);
         v_bits[i] = round_to_bf16(v[i], v_random);
       } else {
-        m_bits[i] = encode_mean(m[i], m_scale, static_cast<float>(m_random) * 0x1p-16f);
-        v_bits[i] = encode_square(v[i], v_scale, static_cast<float>(v_random) * 0x1p-16f);
+        m_bits[i] = encode_mean(m[i], m_inverse, whole_to_float(m_random) * 0x1p-16f);
+        v_bits[i] = encode_square(v[i], v_inverse, whole_to_float(v_random) * 0x1p-16f);
       }
     }
     if constexpr (form == Moments::bf16) {
@@ -326,7 +353,7 @@ __device__ __forceinline__ void step_span(const AdamWTensor& t, const Step& step
     g[i] *= s.grad_scale;
     m[i] += (g[i] - m[i]) * s.new1;
     v[i] = s.beta2 * v[i] + s.new2 * g[i] * g[i];
-    w[i] = w[i] * s.keep - s.step_size * m[i] / (sqrtf(v[i]) * s.root_scale + s.eps);
+    w[i] = w[i] * s.keep - s.step_size * __fdividef(m[i], fast_sqrt(v[i]) * s.root_scale + s.eps);
     random[i] = random_bits(step.key, t.first + span.begin + i);
   }
   write_moments<moments>(m, v, t, span, random);

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cassert>
 #include <cstdint>
 #include <type_traits>
 
@@ -29,6 +30,19 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 template <>
 __device__ __forceinline__ __half from_float<__half>(float v) {
   return __float2half_rn(v);
+}
+
+// To 2 ulps.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Stops the kernel, and every later CUDA call, with the message on stderr. (assert would put the build's
+// folder there.)
+__device__ __forceinline__ void require(bool condition, const char* message) {
+  if (!condition) __assert_fail(message, "openllama", 0, "");
 }
 
 // ---------------------------------------------------------------- memory
@@ -141,17 +155,22 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// Sums over a block, one after the other, each at the price of one barrier.
-struct BlockSum {
+// Sums over the threads of equal threadIdx.y, which are whole warps, one after the other, each at the price
+// of one barrier among them. At most 15 such rows a block.
+struct RowSum {
   float warps[2][32];  // two, as a slow warp may still read one sum when the next one is written
 
-  // Every thread gets the sum of all threads' v; `turn` is 0, 1, 0, 1, ... from call to call.
+  // Every thread gets the sum of its row's v; `turn` is 0, 1, 0, 1, ... from call to call.
   __device__ __forceinline__ float operator()(float v, int turn) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = blockDim.x / 32;
+    float* row = warps[turn] + threadIdx.y * count;
     v = warp_sum(v);
-    if (lane == 0) warps[turn][warp] = v;
-    __syncthreads();
-    return warp_sum(lane < count ? warps[turn][lane] : 0.0f);
+    if (lane == 0) row[warp] = v;
+    if (blockDim.y == 1)
+      __syncthreads();
+    else
+      asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+    return warp_sum(lane < count ? row[lane] : 0.0f);
   }
 };
 
@@ -177,6 +196,29 @@ int64_t resident_blocks(Kernel kernel, int threads, size_t shared = 0) {
 // one.
 inline int64_t even_blocks(int64_t items, int64_t resident) {
   return ceil_div(items, std::max<int64_t>(1, ceil_div(items, resident)));
+}
+
+// Launches a kernel that is set up while the one before it still runs (on Hopper), and that has to begin with
+// wait_for_last_kernel.
+template <class... Args>
+cudaError_t launch_early(void (*kernel)(Args...), dim3 grid, dim3 block, cudaStream_t stream,
+                         const Args&... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+__device__ __forceinline__ void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Calls body(T{}) for the element type.

@@ -50,7 +50,7 @@ __device__ float chunk_sum(const GradNormTensor& t, int64_t chunk) {
 // Adds to `partial`, or starts it.
 __global__ void __launch_bounds__(kThreads)
     squares_kernel(const __grid_constant__ Table table, float* partial, bool first) {
-  __shared__ BlockSum sums;
+  __shared__ RowSum sums;
   float sum = 0;
   int at = 0;
   for (uint32_t chunk = blockIdx.x; chunk < table.first_chunk[table.count]; chunk += gridDim.x) {
@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kBlocks) norm_kernel(const float* partial, float max_norm, float* out) {
-  __shared__ BlockSum sums;
+  __shared__ RowSum sums;
+  wait_for_last_kernel();
   const float norm = sqrtf(sums(partial[threadIdx.x], 0));
   if (threadIdx.x) return;
   const float scale = max_norm / (norm + 1e-6f);
@@ -99,8 +100,7 @@ cudaError_t grad_norm(const std::vector<GradNormTensor>& tensors, float max_norm
     squares_kernel<<<kBlocks, kThreads, 0, stream>>>(table, partial, first);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   } while (next < tensors.size());
-  norm_kernel<<<1, kBlocks, 0, stream>>>(partial, max_norm, out);
-  return cudaGetLastError();
+  return launch_early(norm_kernel, 1, kBlocks, stream, static_cast<const float*>(partial), max_norm, out);
 }
 
 }  // namespace openllama::cuda

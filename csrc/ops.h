@@ -95,6 +95,14 @@ struct EmbeddingBwd {
   Dtype dtype, dweight_dtype;
 };
 
+// x *= factor, where factor is not 1
+struct Scale {
+  void* x;  // (rows, columns)
+  const float* factor;
+  int64_t rows, columns, x_stride;
+  Dtype dtype;
+};
+
 // ---------------------------------------------------------------- AdamW
 
 // Where the exact weight is: in the param itself (fp32), in an fp32 master, in a bf16 param and the low 16
@@ -152,6 +160,7 @@ cudaError_t swiglu_bwd(const Swiglu&, cudaStream_t);
 cudaError_t cross_entropy_fwd(const CrossEntropy&, cudaStream_t);
 cudaError_t cross_entropy_bwd(const CrossEntropy&, cudaStream_t);
 cudaError_t cross_entropy_fwd_bwd(const CrossEntropy&, cudaStream_t);
+cudaError_t scale(Scale, cudaStream_t);
 cudaError_t embedding_bwd(EmbeddingBwd, cudaStream_t);
 // lrs, steps (one a group) and grad_scale are read on the device; null: those of the groups, and 1.
 cudaError_t adamw(const std::vector<AdamWTensor>&, const std::vector<AdamWGroup>&, Master, Moments,

@@ -1,8 +1,7 @@
 // Rotary position embedding (Su et al., 2021), in place in a packed QKV or not. Bound by memory.
 //
-// A block takes a token. A thread takes one access of cos and sin and turns those columns in several heads
-// with it, with the loads of four heads under way at once.
-#include <cassert>
+// A block takes a token, or some where their heads are few. A thread takes one access of cos and sin and
+// turns those columns in several heads with it, with the loads of four heads under way at once.
 #include <climits>
 
 #include "common.cuh"
@@ -15,8 +14,8 @@ constexpr int kHeads = 4;      // loaded before the first is turned
 
 // ---------------------------------------------------------------- kernel
 
-// Columns first + n and second + n are a pair for n < N; interleaved, 2 n and 2 n + 1 of the 2 N from `first`
-// on.
+// Two accesses of a head, N elements each: the halves of N pairs; interleaved, N / 2 pairs each. (N is 1
+// where single elements have to be moved; interleaved, the two are then one pair.)
 template <class T, int N, bool interleaved>
 struct Columns {
   Vec<T, N> low, high;
@@ -25,70 +24,78 @@ struct Columns {
     low = stream<N>(head + first);
     high = stream<N>(head + second);
   }
-  __device__ __forceinline__ float pair(int n, bool upper) const {
-    if constexpr (interleaved) {
-      const int i = 2 * n + upper;
-      return i < N ? low[i] : high[i - N];
-    } else {
-      return upper ? high[n] : low[n];
-    }
+  // Element `upper` of pair n.
+  __device__ __forceinline__ float get(int n, int upper) const {
+    if constexpr (!interleaved || N == 1) return upper ? high[n] : low[n];
+    return n < N / 2 ? low[2 * n + upper] : high[2 * n + upper - N];
   }
   __device__ __forceinline__ void turn(T* head, int first, int second, const float (&cos)[N],
                                        const float (&sin)[N]) const {
-    float a[N], b[N];
+    float to[2][N];  // low, high
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const float x = pair(n, false), y = pair(n, true);
+      const float x = get(n, 0), y = get(n, 1);
       const float left = x * cos[n] - y * sin[n], right = y * cos[n] + x * sin[n];
-      if constexpr (interleaved) {
-        (2 * n < N ? a[2 * n % N] : b[2 * n % N]) = left;
-        (2 * n + 1 < N ? a[(2 * n + 1) % N] : b[(2 * n + 1) % N]) = right;
+      if constexpr (!interleaved || N == 1) {
+        to[0][n] = left, to[1][n] = right;
       } else {
-        a[n] = left;
-        b[n] = right;
+        to[2 * n / N][2 * n % N] = left, to[2 * n / N][2 * n % N + 1] = right;
       }
     }
-    store(head + first, Vec<T, N>::of(a));
-    store(head + second, Vec<T, N>::of(b));
+    store(head + first, Vec<T, N>::of(to[0]));
+    store(head + second, Vec<T, N>::of(to[1]));
   }
 };
 
+// The N entries of a table's row that turn the columns at `first` and `second`.
+template <int N, bool interleaved>
+__device__ __forceinline__ void load_turns(float (&to)[N], const float* row, int first, int second) {
+  constexpr int each = interleaved && N > 1 ? N / 2 : N;
+  const auto one = load<each>(row + (interleaved ? first / 2 : first));
+#pragma unroll
+  for (int n = 0; n < each; ++n) to[n] = one[n];
+  if constexpr (each < N) {
+    const auto other = load<each>(row + second / 2);
+#pragma unroll
+    for (int n = 0; n < each; ++n) to[each + n] = other[n];
+  }
+}
+
 template <class T, int N>
 __device__ void copy_columns(const T* x, T* out, int64_t begin, int64_t end) {
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;  // of a token
   for (int64_t c = begin + thread * N; c < end; c += threads * N) store(out + c, stream<N>(x + c));
 }
 
 template <class T, int N, bool interleaved>
 __global__ void __launch_bounds__(2 * kThreads) rotary_kernel(Rotary a) {
-  const int64_t i = blockIdx.x;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
+  if (i >= a.tokens) return;
   const int64_t position = (a.positions ? a.positions[i] : i) + a.offset;
   const int half = static_cast<int>(a.rotary_dim / 2), head_dim = static_cast<int>(a.head_dim);
-  const int rotated = static_cast<int>(a.rotated);
+  const int rotated = static_cast<int>(a.rotated), step = static_cast<int>(blockDim.y);
   const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
   T* out = static_cast<T*>(a.out) + i * a.out_stride;
-  assert(position >= 0 && position < a.table_rows && "rotary: a position lies outside the tables");
+  require(position >= 0 && position < a.table_rows, "rotary: a position lies outside the tables");
   for (int c = threadIdx.x * N; c < half; c += blockDim.x * N) {
-    const int first = interleaved ? 2 * c : c, second = interleaved ? 2 * c + N : c + half;
+    const int first = interleaved && N == 1 ? 2 * c : c,
+              second = interleaved && N == 1 ? 2 * c + 1 : c + half;
     float cos[N], sin[N];
-    bool known = false;
-    for (int head = threadIdx.y; head < rotated; head += blockDim.y * kHeads) {
+    for (int head = threadIdx.y; head < rotated; head += step * kHeads) {
       Columns<T, N, interleaved> columns[kHeads];
 #pragma unroll
       for (int k = 0; k < kHeads; ++k)
-        if (head + k * blockDim.y < rotated)
-          columns[k].load_from(x + (head + k * blockDim.y) * head_dim, first, second);
-      if (!known) {  // behind the first loads of x, which do not have to wait for the position
-        const auto turn_cos = load<N>(a.cos + position * half + c),
-                   turn_sin = load<N>(a.sin + position * half + c);
+        if (head + k * step < rotated) columns[k].load_from(x + (head + k * step) * head_dim, first, second);
+      if (head == threadIdx.y) {  // behind the first loads of x, which do not have to wait for the position
+        load_turns<N, interleaved>(cos, a.cos + position * half, first, second);
+        load_turns<N, interleaved>(sin, a.sin + position * half, first, second);
 #pragma unroll
-        for (int n = 0; n < N; ++n) cos[n] = turn_cos[n], sin[n] = a.inverse ? -turn_sin[n] : turn_sin[n];
-        known = true;
+        for (int n = 0; n < N; ++n) sin[n] = a.inverse ? -sin[n] : sin[n];
       }
 #pragma unroll
       for (int k = 0; k < kHeads; ++k)
-        if (head + k * blockDim.y < rotated)
-          columns[k].turn(out + (head + k * blockDim.y) * head_dim, first, second, cos, sin);
+        if (head + k * step < rotated)
+          columns[k].turn(out + (head + k * step) * head_dim, first, second, cos, sin);
     }
   }
   if (x == out) return;
@@ -103,9 +110,12 @@ __global__ void __launch_bounds__(2 * kThreads) rotary_kernel(Rotary a) {
 template <class T, int N>
 cudaError_t launch(const Rotary& a, cudaStream_t stream) {
   const auto columns = static_cast<unsigned>(std::clamp<int64_t>(ceil_div(a.rotary_dim / 2, N), 1, kThreads));
-  const dim3 block(columns, std::max(1u, kThreads / columns));
+  const auto heads = static_cast<unsigned>(
+      std::clamp<int64_t>(ceil_div(a.rotated, kHeads), 1, std::max(1u, kThreads / columns)));
+  const unsigned tokens = static_cast<unsigned>(ceil_div(kThreads, columns * heads));
+  const dim3 block(columns, heads, tokens);
   const auto kernel = a.interleaved ? rotary_kernel<T, N, true> : rotary_kernel<T, N, false>;
-  kernel<<<static_cast<unsigned>(a.tokens), block, 0, stream>>>(a);
+  kernel<<<static_cast<unsigned>(ceil_div(a.tokens, tokens)), block, 0, stream>>>(a);
   return cudaGetLastError();
 }
 

@@ -9,8 +9,6 @@ exp_avg_sq on a logarithmic one, as it is its relative error that counts.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -126,13 +124,9 @@ def _spread(scales: torch.Tensor, size: int) -> torch.Tensor:
     return scales[:, None].expand(-1, BLOCK).reshape(-1)[:size]
 
 
-@functools.lru_cache(maxsize=64)
 def _values(square: bool, device: torch.device) -> torch.Tensor:
-    """(256,), what each code is worth where the scale is 1."""
-    code = torch.arange(256, dtype=torch.float64)
+    """(256,), what each code is worth where the scale is 1; code 0 of exp_avg_sq is a zero besides."""
+    code = torch.arange(256, dtype=torch.float64, device=device)
     if square:
-        values = torch.exp2((code - 255) / _PER_OCTAVE)
-        values[0] = 0
-    else:
-        values = ((code - 128) / 127).square().copysign(code - 128)
-    return values.to(device, torch.float32)
+        return torch.exp2((code - 255) / _PER_OCTAVE).float()
+    return ((code - 128) / 127).square().copysign(code - 128).float()

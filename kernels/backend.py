@@ -26,7 +26,11 @@ TABLE: dict[str, tuple[str, ...]] = {
     "rotary": ("cuda", "triton", "cpu", "reference"),
     "swiglu": ("cuda", "triton", "cpu", "reference"),
     "cross_entropy": ("cuda", "triton", "cpu", "reference"),
+    "linear_cross_entropy": ("cuda", "triton", "cpu", "reference"),
+    "scale": ("cuda", "reference"),
+    "embedding": ("cuda", "triton", "reference"),
     "adamw": ("cuda", "triton", "cpu", "reference"),
+    "grad_norm": ("cuda", "triton", "reference"),
     "attention": ("torch", "reference"),
 }
 

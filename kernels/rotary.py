@@ -1,11 +1,12 @@
-"""Rotary position embedding: the pair (x[i], x[i + d/2]) of a head turns by position * theta^(-2i/d).
+"""Rotary position embedding: the pair (a, b) of a head's elements i turns by position * theta^(-2i/d).
 
-    out[i]       = x[i] cos - x[i + d/2] sin
-    out[i + d/2] = x[i + d/2] cos + x[i] sin
+    a' = a cos - b sin
+    b' = b cos + a sin
 
-Su et al., "RoFormer", 2021, in the half-split layout of HuggingFace's Llama. It works on a packed QKV activation: q and
-k heads turn, v heads are left alone, so that a projection's output is never taken apart. The gradient is the turn by
-the opposite angle; nothing but the positions is kept for it.
+Su et al., "RoFormer", 2021. A pair is (x[i], x[i + d/2]), the half-split layout of HuggingFace's Llama, or, interleaved,
+(x[2i], x[2i + 1]), the paper's. d is head_dim, or less: the elements from d on pass through (GPT-NeoX, Phi). It works on a
+packed QKV activation: q and k heads turn, v heads are left alone, so that a projection's output is never taken apart.
+The gradient is the turn by the opposite angle; nothing but the positions is kept for it.
 """
 
 from __future__ import annotations
@@ -24,16 +25,25 @@ ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+
+#: What a kind may be given besides.
+ROPE_OPTIONS = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+
+_BETA_FAST, _BETA_SLOW = 32, 1  # YaRN's, for Llama
 
 
 def rotary(
     x: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    positions: torch.Tensor,
+    positions: torch.Tensor | int,
     rotated: int | None = None,
     *,
+    interleaved: bool = False,
     inplace: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -41,12 +51,14 @@ def rotary(
 
     Args:
         x: (tokens, heads, head_dim), fp32, bf16, fp16 or fp64; a slice of a wider row is read without a copy.
-        cos, sin: (positions, head_dim / 2), fp32, from `rotary_tables`. They get no gradient.
-        positions: (tokens), int32 or int64, each below the tables' rows.
+        cos, sin: (positions, rotary_dim / 2), fp32, from `rotary_tables`. They get no gradient. The first rotary_dim
+            elements of a head turn, at most head_dim; the others are passed through.
+        positions: (tokens), int32 or int64, each below the tables' rows; or a number n: token i stands at n + i.
         rotated: how many heads turn, the first ones; None: all. The others are passed through.
+        interleaved: pairs lie side by side, (2i, 2i + 1); else half of rotary_dim apart, (i, i + rotary_dim / 2).
         inplace: write into x (its values before are lost, so do this to a fresh projection only). No leaf that requires
             grad, and none of several views.
-        backend: `cpu`, `reference`; None chooses.
+        backend: `cuda`, `triton`, `cpu`, `reference`; None chooses.
 
     Returns:
         x's shape and dtype; x itself when inplace.
@@ -54,8 +66,8 @@ def rotary(
     Saves the positions and tables for backward.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or count. RuntimeError: a position outside the tables
-        (checked where the tensors are on the CPU).
+        TypeError, ValueError: a wrong dtype, shape, device or count, a number n beyond the tables. RuntimeError: a
+        position outside them (checked where the tensors are on the CPU).
     """
     rotated = _check(x, cos, sin, positions, rotated)
     cos, sin = cos.detach(), sin.detach()  # constants, on every backend
@@ -63,15 +75,16 @@ def rotary(
     chosen = backends.choose("rotary", x, backend)
     if chosen == "reference":
         _check_positions(positions, cos)
-        out = rotary_reference(x, cos, sin, positions, rotated)
+        out = rotary_reference(x, cos, sin, positions, rotated, interleaved)
         return x.copy_(out) if inplace else out
     if inplace:
         _check_inplace(x, dense)
-    compiling = (
-        torch.compiler.is_compiling()
-    )  # Dynamo can't trace a view that a Function writes to: the graph copies
+    # Dynamo can't trace a view that a Function writes to: the graph copies
+    compiling = torch.compiler.is_compiling()
     dense_x = x if dense else x.clone(memory_format=torch.contiguous_format)
-    out = _Rotary.apply(dense_x, cos, sin, _as_int32(positions), rotated, inplace and not compiling, chosen)
+    at, offset = (_as_int32(positions), 0) if isinstance(positions, torch.Tensor) else (None, positions)
+    turn = (rotated, bool(interleaved))
+    out = _Rotary.apply(dense_x, cos, sin, at, offset, turn, inplace and not compiling, chosen)
     return x.copy_(out) if inplace and compiling else out
 
 
@@ -84,9 +97,11 @@ def rotary_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, each (max_positions, head_dim / 2), fp32: bf16 could not tell position 257 from 258.
 
-    `scaling` is HuggingFace's dictionary: `rope_type` `linear` or `llama3` (with its factors), None for none.
-    Computed in fp32 in HuggingFace's order of operations, so that checkpoints trained there see the same angles.
-    Raises ValueError for an odd head_dim, a theta not above 0, an unknown or incomplete scaling.
+    For a head that turns in part, give the number of elements that turn as head_dim.
+    `scaling` is HuggingFace's dictionary: `rope_type` `linear`, `llama3` or `yarn` (with its factors), None for none. Of
+    yarn (Peng et al., "YaRN", 2023) cos and sin are both multiplied by the attention factor, so that scores are by its
+    square. Computed in fp32 in HuggingFace's order of operations, so that checkpoints trained there see the same angles.
+    Raises ValueError for an odd head_dim, a theta not above 0 (yarn: 1), an unknown or incomplete scaling.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim: got {head_dim}, takes an even number of at least 2")
@@ -94,9 +109,16 @@ def rotary_tables(
         raise ValueError(f"max_positions: got {max_positions}, takes a whole number of at least 0")
     checks.in_range("theta", theta, 1e-37, 3e38, "a finite number above 0")
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
-    frequencies = _scale(1.0 / theta**exponent, scaling)
+    if scaling is not None:
+        check_rope_scaling(scaling, "scaling")
+    kind = "default" if scaling is None else scaling["rope_type"]
+    factor = 1.0
+    if scaling is not None and kind == "yarn":
+        frequencies, factor = _yarn(theta**exponent, theta, scaling)
+    else:
+        frequencies = _slowed(1.0 / theta**exponent, kind, scaling or {})
     angles = torch.arange(max_positions, device=device).float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def check_rope_scaling(scaling: dict[str, Any], where: str) -> None:
@@ -104,25 +126,39 @@ def check_rope_scaling(scaling: dict[str, Any], where: str) -> None:
     kind = scaling.get("rope_type")
     if kind not in ROPE_KEYS:
         raise ValueError(f"{where}: got rope_type {kind!r}, takes one of {', '.join(ROPE_KEYS)}")
-    takes = ROPE_KEYS[kind]
-    for key in takes:
+    takes, options = ROPE_KEYS[kind], ROPE_OPTIONS.get(kind, ())
+    for key in (*takes, *(k for k in options if scaling.get(k) is not None)):
         value = scaling.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{where}: {key}: got {value!r}, takes a number above 0 for {kind!r}")
-    for key in scaling.keys() - {"rope_type", *takes}:
-        raise ValueError(f"{where}: {key}: unknown for {kind!r}, takes {', '.join(takes) or 'nothing more'}")
+        if key == "truncate":
+            fits, meaning = isinstance(value, bool), "True or False"
+        elif key.startswith("mscale"):
+            fits, meaning = (
+                _is_number(value) and 0 <= value < math.inf,
+                "a number of at least 0 (0: not used)",
+            )
+        else:
+            fits, meaning = _is_number(value) and 0 < value < math.inf, "a number above 0"
+        if not fits:
+            raise ValueError(f"{where}: {key}: got {value!r}, takes {meaning} for {kind!r}")
+    for key in scaling.keys() - {"rope_type", *takes, *options}:
+        known = ", ".join((*takes, *options)) or "nothing more"
+        raise ValueError(f"{where}: {key}: unknown for {kind!r}, takes {known}")
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ValueError(
             f"{where}: high_freq_factor: got {scaling['high_freq_factor']}, takes more than low_freq_factor="
             f"{scaling['low_freq_factor']}"
         )
+    fast, slow = scaling.get("beta_fast") or _BETA_FAST, scaling.get("beta_slow") or _BETA_SLOW
+    if kind == "yarn" and fast < slow:
+        raise ValueError(f"{where}: beta_fast: got {fast}, takes at least beta_slow={slow}")
 
 
-def _scale(frequencies: torch.Tensor, scaling: dict[str, Any] | None) -> torch.Tensor:
-    if scaling is None:
-        return frequencies
-    check_rope_scaling(scaling, "scaling")
-    kind = scaling["rope_type"]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _slowed(frequencies: torch.Tensor, kind: str, scaling: dict[str, Any]) -> torch.Tensor:
+    """Angles a position after `linear` or `llama3` scaling, (head_dim / 2)."""
     if kind == "default":
         return frequencies
     if kind == "linear":
@@ -134,6 +170,46 @@ def _scale(frequencies: torch.Tensor, scaling: dict[str, Any] | None) -> torch.T
     return (1 - blend) * frequencies / scaling["factor"] + blend * frequencies
 
 
+def _yarn(periods: torch.Tensor, theta: float, scaling: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Angles a position, (head_dim / 2), and the attention factor. `periods`: positions a radian, before scaling.
+
+    Pairs that turn more than beta_fast times over the original context are kept, those that turn less than beta_slow
+    times slowed by `factor`, with a ramp over the pairs between.
+    """
+    checks.in_range("theta", theta, 1 + 1e-6, 3e38, "a finite number above 1 for 'yarn'")
+    dim, factor = 2 * len(periods), scaling["factor"]
+
+    def pair_of(turns: float) -> float:
+        """The index, no whole number, of the pair that turns so many times over the original context."""
+        context = scaling["original_max_position_embeddings"]
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = (
+        pair_of(scaling.get(key) or default)
+        for key, default in (("beta_fast", _BETA_FAST), ("beta_slow", _BETA_SLOW))
+    )
+    if scaling.get("truncate") in (None, True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low or 0.001  # of the ramp; HuggingFace's way around a division by 0
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=periods.device) - low) / width).clamp(0, 1)
+    kept = 1 - ramp
+    frequencies = 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
+    return frequencies, _attention_factor(scaling)
+
+
+def _attention_factor(scaling: dict[str, Any]) -> float:
+    """YaRN's 0.1 ln(factor) + 1, or DeepSeek's quotient of two of them where it has both mscales."""
+
+    def of(mscale: float) -> float:
+        return 0.1 * mscale * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    mscale, mscale_all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return of(mscale) / of(mscale_all_dim) if mscale and mscale_all_dim else of(1.0)
+
+
 def _check(x, cos, sin, positions, rotated: int | None) -> int:
     checks.is_float("x", x)
     if x.dim() != 3 or x.shape[2] % 2 or x.shape[2] == 0:
@@ -142,11 +218,23 @@ def _check(x, cos, sin, positions, rotated: int | None) -> int:
         )
     for name, table in (("cos", cos), ("sin", sin)):
         checks.same_dtype(name, table, torch.float32, "the tables")
-        checks.has_shape(name, table, (*cos.shape[:1], x.shape[2] // 2), "positions, head_dim / 2")
         checks.same_device(name, table, x.device, "x")
-    checks.is_integer("positions", positions)
-    checks.has_shape("positions", positions, (x.shape[0],), "tokens")
-    checks.same_device("positions", positions, x.device, "x")
+    if cos.dim() != 2 or not 1 <= cos.shape[1] <= x.shape[2] // 2:
+        raise ValueError(
+            f"cos: got shape {tuple(cos.shape)}, takes (positions, rotary_dim / 2) with rotary_dim from 2 to "
+            f"head_dim={x.shape[2]}"
+        )
+    checks.has_shape("sin", sin, cos.shape, "cos's shape")
+    if isinstance(positions, (int, torch.SymInt)):
+        if not 0 <= positions <= len(cos) - len(x):
+            raise ValueError(
+                f"positions: got {positions} for {len(x)} tokens, takes a number of at least 0 that leaves the last "
+                f"one within the tables' {len(cos)} rows"
+            )
+    else:
+        checks.is_integer("positions", positions)
+        checks.has_shape("positions", positions, (x.shape[0],), "tokens")
+        checks.same_device("positions", positions, x.device, "x")
     rotated = x.shape[1] if rotated is None else rotated
     if not isinstance(rotated, (int, torch.SymInt)) or not 0 <= rotated <= x.shape[1]:
         raise ValueError(f"rotated: got {rotated}, takes 0 to x's {x.shape[1]} heads")
@@ -185,14 +273,17 @@ def _as_int32(positions: torch.Tensor) -> torch.Tensor:
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, cos, sin, positions, rotated: int, inplace: bool, backend: str) -> torch.Tensor:
-        cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
+    def forward(
+        ctx: Any, x, cos, sin, positions, offset: int, turn: tuple[int, bool], inplace: bool, backend: str
+    ) -> torch.Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        positions = None if positions is None else positions.contiguous()
         ctx.save_for_backward(cos, sin, positions)
-        ctx.rotated, ctx.backend = rotated, backend
+        ctx.offset, ctx.turn, ctx.backend = offset, turn, backend
         ops = library.ops(backend)
         if not inplace:
-            return ops.rotary(x, cos, sin, positions, 0, rotated, False, False)
-        ops.rotary_(x, cos, sin, positions, 0, rotated, False, False)
+            return ops.rotary(x, cos, sin, positions, offset, *turn, False)
+        ops.rotary_(x, cos, sin, positions, offset, *turn, False)
         ctx.mark_dirty(x)
         return x
 
@@ -201,8 +292,8 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
         dout = dout if _is_dense(dout) else dout.clone(memory_format=torch.contiguous_format)
-        dx = library.ops(ctx.backend).rotary(dout, cos, sin, positions, 0, ctx.rotated, False, True)
-        return dx, None, None, None, None, None, None
+        dx = library.ops(ctx.backend).rotary(dout, cos, sin, positions, ctx.offset, *ctx.turn, True)
+        return dx, None, None, None, None, None, None, None
 
 
 @library.fake("rotary")
@@ -219,8 +310,10 @@ def _(
     return None
 
 
-def _check_positions(positions: torch.Tensor, cos: torch.Tensor) -> None:
+def _check_positions(positions: torch.Tensor | int, cos: torch.Tensor) -> None:
     """On the CPU only, as the values of a GPU tensor would have to be waited for; indexing would read -1 as the last."""
+    if not isinstance(positions, torch.Tensor):
+        return
     if positions.device.type != "cpu" or torch.compiler.is_compiling():
         return
     outside = (positions < 0) | (positions >= len(cos))
@@ -233,12 +326,23 @@ def _check_positions(positions: torch.Tensor, cos: torch.Tensor) -> None:
 
 
 def rotary_reference(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, rotated: int | None = None
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | int,
+    rotated: int | None = None,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """The definition, in fp32 (fp64 for fp64 inputs)."""
     rotated = x.shape[1] if rotated is None else rotated
-    wide = x[:, :rotated].double() if x.dtype == torch.float64 else x[:, :rotated].float()
-    first, second = wide.chunk(2, dim=-1)  # (tokens, rotated, head_dim / 2)
-    c, s = cos[positions][:, None], sin[positions][:, None]
-    turned = torch.cat([first * c - second * s, second * c + first * s], dim=-1).to(x.dtype)
-    return torch.cat([turned, x[:, rotated:]], dim=1)
+    half = cos.shape[1]
+    at = positions if isinstance(positions, torch.Tensor) else slice(positions, positions + len(x))
+    c, s = cos[at][:, None], sin[at][:, None]
+    turning = x[:, :rotated, : 2 * half]
+    wide = turning.double() if x.dtype == torch.float64 else turning.float()
+    pairs = wide.unflatten(-1, (half, 2) if interleaved else (2, half))
+    dim = -1 if interleaved else -2
+    first, second = pairs.unbind(dim)  # (tokens, rotated, rotary_dim / 2)
+    turned = torch.stack([first * c - second * s, second * c + first * s], dim).flatten(-2).to(x.dtype)
+    heads = torch.cat([turned, x[:, :rotated, 2 * half :]], dim=2)
+    return torch.cat([heads, x[:, rotated:]], dim=1)

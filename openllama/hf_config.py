@@ -8,7 +8,7 @@ import torch
 
 from openllama import __version__
 from openllama.config import ModelConfig, from_dict
-from openllama.kernels.rotary import ROPE_KEYS, check_rope_scaling
+from openllama.kernels.rotary import ROPE_KEYS, ROPE_OPTIONS, check_rope_scaling
 
 FOLDED = "stable_embedding_folded"  # in config.json: embed_tokens holds an embedding's norm too, for good
 MARK = "openllama_version"  # in config.json: this folder is an export of ours, which a newer one may replace
@@ -102,9 +102,12 @@ def _rope_from_hf(
     kind = given.pop("rope_type", legacy or "default")
     if given.pop("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{source}: {where}: got a partial_rotary_factor, takes rotary over the whole head")
-    if kind == "llama3":
-        given.setdefault("original_max_position_embeddings", max_positions)
-    scaling = {"rope_type": kind, **{k: given.get(k) for k in ROPE_KEYS.get(kind, ())}}
+    if kind in ("llama3", "yarn"):  # as transformers does, where what stands outside wins
+        outside = values.get("original_max_position_embeddings")
+        inside = given.get("original_max_position_embeddings", max_positions)
+        given["original_max_position_embeddings"] = outside or inside
+    options = (k for k in ROPE_OPTIONS.get(kind, ()) if k in given)
+    scaling = {"rope_type": kind, **{k: given.get(k) for k in (*ROPE_KEYS.get(kind, ()), *options)}}
     check_rope_scaling(scaling, f"{source}: {where}")
     # What the type doesn't use is left out (transformers ignores it with a warning), but not what would change it.
     for key in given.keys() - scaling.keys():

@@ -11,7 +11,23 @@ import torch
 from torch import nn
 
 from openllama.config import ModelConfig
-from openllama.ops import attention, attention_decode, cross_entropy, rms_norm, rotary, rotary_tables, swiglu
+from openllama.ops import (
+    attention,
+    attention_decode,
+    embedding,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+    rotary_tables,
+    swiglu,
+)
+
+
+class Embedding(nn.Embedding):
+    """The table; looking up and its gradient are `ops.embedding`."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return embedding(ids, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -102,7 +118,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden)
+        self.embed = Embedding(config.vocab_size, config.hidden)
         self.embed_norm = nn.LayerNorm(config.hidden, config.norm_eps) if config.stable_embedding else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps)
@@ -192,13 +208,12 @@ class Llama(nn.Module):
         Raises:
             ValueError: an id beyond the vocabulary (on the CPU), an input longer than max_positions.
         """
-        logits = self.head(self.hidden_states(ids, positions, cu_seqlens, max_seqlen))
+        hidden = self.hidden_states(ids, positions, cu_seqlens, max_seqlen)
         if labels is None:
-            return logits.view(*ids.shape, self.config.vocab_size)
-        return cross_entropy(logits, labels.reshape(-1), reduction="sum", inplace_backward=True)
+            return self.head(hidden).view(*ids.shape, self.config.vocab_size)
+        return linear_cross_entropy(hidden, self.head.weight, labels.reshape(-1), reduction="sum")
 
     def _context(self, ids, positions, cu_seqlens, max_seqlen, cache) -> Context:
-        _check_ids(ids, self.config.vocab_size)
         dense_shape = rows = None
         if cache is not None:
             rows = _cache_rows(cache, ids, cu_seqlens)
@@ -234,17 +249,6 @@ def _cache_rows(cache, ids, cu_seqlens) -> torch.Tensor:
     if cu_seqlens is None:
         return torch.arange(count, device=ids.device)
     return torch.repeat_interleave(cu_seqlens.diff(), output_size=len(ids))
-
-
-def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"ids: got {ids.dtype}, takes int32 or int64")
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(ids))
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"ids: got {low if low < 0 else high}, takes 0 to {vocab_size - 1} (the model's vocabulary)"
-            )
 
 
 def parameter_count(config: ModelConfig) -> int:

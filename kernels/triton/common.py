@@ -1,8 +1,8 @@
 """What the Triton twins share: facts of the card, and how wide memory is accessed.
 
-Triton joins neighbouring elements into one 16-byte access where it can prove that the address is a multiple of 16 bytes
-and that the mask is the same for all of them. It sees that of pointers and of whole numbers divisible by 16; the
-rest we tell it: a row's offset is a multiple of `vector(...)` elements.
+Triton joins neighbouring elements into one 16-byte access where it can prove that the address is a multiple
+of 16 bytes and that the mask is the same for all of them. So kernels take a row's stride in units of
+`vector(...)` elements, 16 bytes where possible, and multiply it by that constant.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 
 import torch
 import triton
-import triton.language as tl
 
 #: An H100's, where there is no GPU (the interpreter, compiling ahead of time).
 _H100 = (132, 50 * 2**20)
@@ -28,23 +27,17 @@ def card(device: torch.device) -> tuple[int, int]:
 
 
 def vector(*rows: torch.Tensor | None) -> int:
-    """The most elements, up to 16 bytes, of which every row's offset is a multiple."""
+    """The most elements, up to 16 bytes, of which every stride of these rows is a multiple."""
     tensors = [t for t in rows if t is not None]
     return math.gcd(16 // tensors[0].element_size(), *(t.stride(0) for t in tensors))
 
 
 def warps_for(elements: int) -> int:
-    """Warps of a program for 16 elements a thread: two 16-byte accesses of bf16, four of fp32, which are enough in
-    flight to hide memory's latency, and few enough registers to keep 32 warps on a multiprocessor."""
+    """Warps of a program for 16 elements a thread: two 16-byte accesses of bf16, four of fp32: enough on their
+    way to hide memory's latency, in registers that leave a multiprocessor room for several programs."""
     return min(32, max(1, triton.next_power_of_2(elements) // 512))
 
 
 def guard(t: torch.Tensor) -> torch.cuda.device_of:
     """Kernels start on the tensor's card, whichever is the current one."""
     return torch.cuda.device_of(t)
-
-
-@triton.jit
-def rows_at(base, row, stride, VECTOR: tl.constexpr):
-    """Pointers to the rows (ROWS, 1) of a tensor."""
-    return base + tl.multiple_of(row * stride, [VECTOR, VECTOR])

@@ -1,8 +1,9 @@
 """RMSNorm's Triton twin: the formulas are in ../rms_norm.py.
 
-Up to 16,384 columns a program holds whole rows in registers: each input is read once. Wider rows are walked twice, in
-pieces; the second pass finds them in L1 or L2. Backward's programs stay on their multiprocessor and walk over the rows
-with their part of dweight in registers; a second kernel sums the parts in a fixed order, so every run gives the same bits.
+Up to 16,384 columns a program holds whole rows in registers: each input is read once. Wider rows are walked
+twice, in pieces; the second pass finds them in L1 or L2. Backward's programs stay on their multiprocessor and
+walk over the rows with their part of dweight in registers; a second kernel sums the parts in a fixed order,
+so that every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import card, guard, rows_at, vector, warps_for
+from .common import card, guard, vector, warps_for
 
 _WIDEST = 16_384  # columns held in registers: 16 a thread of 32 warps
 _TILE = 2_048  # elements a program takes at a time where rows are short (qk-norm's 64 or 128 columns)
 
-# Backward's programs have this many warps together on a multiprocessor: at 128 registers a thread, what fits at once.
+# Of backward's programs on a multiprocessor together: what fits at once with 128 registers a thread.
 _RESIDENT_WARPS = 16
 
 
@@ -43,9 +44,9 @@ def _fwd(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     columns = tl.arange(0, COLUMNS)[None, :]  # (1, COLUMNS)
-    x = rows_at(x, row, x_stride, VECTOR)
+    x += row * x_stride * VECTOR
     if residual is not None:
-        residual = rows_at(residual, row, residual_stride, VECTOR)
+        residual += row * residual_stride * VECTOR
     inside = (row < rows) & (columns < HIDDEN)
     v = _load_sum(x, residual, columns, inside)
     if residual is not None:
@@ -62,9 +63,9 @@ def _fwd_wide(
     HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    x += tl.multiple_of(row * x_stride, VECTOR)
+    x += row * x_stride * VECTOR
     if residual is not None:
-        residual += tl.multiple_of(row * residual_stride, VECTOR)
+        residual += row * residual_stride * VECTOR
     squares = tl.zeros((COLUMNS,), tl.float32)
     for begin in range(0, HIDDEN, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
@@ -91,21 +92,30 @@ def _bwd(
     if dx is not None:
         w = tl.load(weight + columns, mask=columns < HIDDEN, other=0.0).to(tl.float32)
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)  # of dweight
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    # 2 stages: the next rows are under way (by cp.async, in shared memory) while these are worked on
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=2):
+        rows_here = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = rows_here[:, None]  # (ROWS, 1)
         inside = (row < rows) & (columns < HIDDEN)
-        d = tl.load(rows_at(dy, row, dy_stride, VECTOR) + columns, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(rows_at(h, row, h_stride, VECTOR) + columns, mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row, mask=row < rows, other=0.0)
+        d = tl.load(dy + row * dy_stride * VECTOR + columns, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(h + row * h_stride * VECTOR + columns, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(rstd + rows_here, mask=rows_here < rows, other=0.0)[:, None]
         normed = v * r
         if parts is not None:
             sums += d * normed
         if dx is not None:
             d *= w
             mean = tl.sum(d * normed, axis=1, keep_dims=True) * (1.0 / HIDDEN)
+            if COLUMNS > 8192:
+                # 1,024 threads have 64 registers each: rather than spill, they read the row again, from L1.
+                # The barrier keeps the compiler from reusing what was read first.
+                tl.debug_barrier()
+                d = tl.load(dy + row * dy_stride * VECTOR + columns, mask=inside, other=0.0).to(tl.float32)
+                v = tl.load(h + row * h_stride * VECTOR + columns, mask=inside, other=0.0).to(tl.float32)
+                d, normed = d * w, v * r
             grad = (d - normed * mean) * r
             if dh is not None:
-                further = rows_at(dh, row, dh_stride, VECTOR)
+                further = dh + row * dh_stride * VECTOR
                 grad += tl.load(further + columns, mask=inside, other=0.0).to(tl.float32)
             tl.store(dx + row * HIDDEN + columns, grad.to(dx.dtype.element_ty), mask=inside)
     if parts is not None:
@@ -120,9 +130,10 @@ def _bwd_wide(
 ):  # fmt: skip
     """The part of dweight is in memory here (in L2, that is); `parts` come as zeros."""
     program = tl.program_id(0)
-    for row in range(program.to(tl.int64), rows, tl.num_programs(0)):
-        dy_row = dy + tl.multiple_of(row * dy_stride, VECTOR)
-        h_row = h + tl.multiple_of(row * h_stride, VECTOR)
+    for i in range(program, rows, tl.num_programs(0)):
+        row = tl.cast(i, tl.int64)
+        dy_row = dy + row * dy_stride * VECTOR
+        h_row = h + row * h_stride * VECTOR
         r = tl.load(rstd + row)
         dots = tl.zeros((COLUMNS,), tl.float32)
         for begin in range(0, HIDDEN, COLUMNS):
@@ -145,9 +156,10 @@ def _bwd_wide(
                 normed = tl.load(h_row + columns, mask=inside, other=0.0).to(tl.float32) * r
                 grad = (d - normed * mean) * r
                 if dh is not None:
-                    further = dh + tl.multiple_of(row * dh_stride, VECTOR)
+                    further = dh + row * dh_stride * VECTOR
                     grad += tl.load(further + columns, mask=inside, other=0.0).to(tl.float32)
                 tl.store(dx + row * HIDDEN + columns, grad.to(dx.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # the next row's sums are added to what this one has stored
 
 
 @triton.jit
@@ -171,18 +183,19 @@ def rms_norm_fwd(
     rstd = x.new_empty((rows,), dtype=torch.float32)
     if y.numel() == 0:
         return y, h, rstd
-    residual_stride = 0 if residual is None else residual.stride(0)
-    constants = {"HIDDEN": hidden, "VECTOR": vector(x, residual)}
+    v = vector(x, residual)
+    strides = (x.stride(0) // v, 0 if residual is None else residual.stride(0) // v)
+    constants = {"HIDDEN": hidden, "VECTOR": v}
     with guard(x):
         if hidden > _WIDEST:
             _fwd_wide[(rows,)](
-                x, residual, weight, y, h, rstd, x.stride(0), residual_stride, eps,
+                x, residual, weight, y, h, rstd, *strides, eps,
                 COLUMNS=_WIDEST // 2, num_warps=16, **constants,
             )  # fmt: skip
         else:
             height, columns, warps = _tile(hidden)
             _fwd[(triton.cdiv(rows, height),)](
-                x, residual, weight, y, h, rstd, rows, x.stride(0), residual_stride, eps,
+                x, residual, weight, y, h, rstd, rows, *strides, eps,
                 ROWS=height, COLUMNS=columns, num_warps=warps, **constants,
             )  # fmt: skip
     return y, h, rstd
@@ -204,14 +217,17 @@ def rms_norm_bwd(
     programs = min(tiles, card(h.device)[0] * max(1, _RESIDENT_WARPS // warps)) if need_dweight else tiles
     parts = None
     if need_dweight:
-        parts = (torch.zeros if wide else torch.empty)((programs, hidden), dtype=torch.float32, device=h.device)
-    constants = {"HIDDEN": hidden, "COLUMNS": columns, "VECTOR": vector(dy, dh, h), "num_warps": warps}
+        parts = (torch.zeros if wide else torch.empty)(
+            (programs, hidden), dtype=torch.float32, device=h.device
+        )
+    v = vector(dy, dh, h)
+    strides = (dy.stride(0) // v, 0 if dh is None else dh.stride(0) // v, h.stride(0) // v)
+    constants = {"HIDDEN": hidden, "COLUMNS": columns, "VECTOR": v, "num_warps": warps}
     if not wide:
         constants["ROWS"] = height
     with guard(h):
         (_bwd_wide if wide else _bwd)[(programs,)](
-            dy, dh, h, weight, rstd, dx if need_dx else None, parts,
-            rows, dy.stride(0), 0 if dh is None else dh.stride(0), h.stride(0), **constants,
+            dy, dh, h, weight, rstd, dx if need_dx else None, parts, rows, *strides, **constants,
         )  # fmt: skip
         if parts is not None:
             # 32 columns are one 128-byte line

@@ -26,10 +26,12 @@ def _fwd(
 ):  # fmt: skip
     row, columns = _piece(INTERMEDIATE, COLUMNS)
     inside = columns < INTERMEDIATE
-    gate_up += tl.multiple_of(row * stride, VECTOR) + columns
+    gate_up += row * stride * VECTOR + columns
     g = tl.load(gate_up, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(gate_up + INTERMEDIATE, mask=inside, other=0.0).to(tl.float32)
-    tl.store(act + row * INTERMEDIATE + columns, (g * tl.sigmoid(g) * u).to(act.dtype.element_ty), mask=inside)
+    tl.store(
+        act + row * INTERMEDIATE + columns, (g * tl.sigmoid(g) * u).to(act.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -37,12 +39,12 @@ def _bwd(
     dact, gate_up, dgate_up, act, dact_stride, gate_up_stride, dgate_up_stride,
     INTERMEDIATE: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """dgate_up may be gate_up, and act (or None) may be dact: a program writes what it alone has read before."""
+    """dgate_up may be gate_up, and act (or None) dact: a program writes what it alone has read before."""
     row, columns = _piece(INTERMEDIATE, COLUMNS)
     inside = columns < INTERMEDIATE
-    gate_up += tl.multiple_of(row * gate_up_stride, VECTOR) + columns
-    dgate_up += tl.multiple_of(row * dgate_up_stride, VECTOR) + columns
-    dact_columns = tl.multiple_of(row * dact_stride, VECTOR) + columns
+    gate_up += row * gate_up_stride * VECTOR + columns
+    dgate_up += row * dgate_up_stride * VECTOR + columns
+    dact_columns = row * dact_stride * VECTOR + columns
     g = tl.load(gate_up, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(gate_up + INTERMEDIATE, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(dact + dact_columns, mask=inside, other=0.0).to(tl.float32)
@@ -54,23 +56,23 @@ def _bwd(
         tl.store(act + dact_columns, (g * s * u).to(kind), mask=inside)
 
 
-def _launch(kernel, most: int, gate_up: torch.Tensor, *arguments, rows: tuple[torch.Tensor, ...]) -> None:
-    intermediate = gate_up.shape[1] // 2
-    if gate_up.shape[0] == 0 or intermediate == 0:
+def _launch(kernel, most: int, gate_up: torch.Tensor, *tensors: torch.Tensor | None, strided) -> None:
+    rows, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
+    if rows == 0 or intermediate == 0:
         return
     columns = min(most, triton.next_power_of_2(intermediate))
-    grid = (gate_up.shape[0] * triton.cdiv(intermediate, columns),)
+    v = vector(*strided)
     with guard(gate_up):
-        kernel[grid](
-            *arguments, INTERMEDIATE=intermediate, COLUMNS=columns, VECTOR=vector(*rows),
-            num_warps=min(4, 2 * warps_for(columns)),
+        kernel[(rows * triton.cdiv(intermediate, columns),)](
+            *tensors, *(t.stride(0) // v for t in strided),
+            INTERMEDIATE=intermediate, COLUMNS=columns, VECTOR=v, num_warps=min(4, 2 * warps_for(columns)),
         )  # fmt: skip
 
 
 def swiglu_fwd(gate_up: torch.Tensor) -> torch.Tensor:
     """act (rows, intermediate) of gate_up (rows, 2 * intermediate)."""
     act = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
-    _launch(_fwd, _FWD_COLUMNS, gate_up, gate_up, act, gate_up.stride(0), rows=(gate_up,))
+    _launch(_fwd, _FWD_COLUMNS, gate_up, gate_up, act, strided=(gate_up,))
     return act
 
 
@@ -86,8 +88,8 @@ def swiglu_bwd_(dact: torch.Tensor, gate_up: torch.Tensor) -> None:
     _run_bwd(dact, gate_up, gate_up, dact)
 
 
-def _run_bwd(dact: torch.Tensor, gate_up: torch.Tensor, dgate_up: torch.Tensor, act: torch.Tensor | None) -> None:
-    _launch(
-        _bwd, _BWD_COLUMNS, gate_up, dact, gate_up, dgate_up, act,
-        dact.stride(0), gate_up.stride(0), dgate_up.stride(0), rows=(dact, gate_up, dgate_up),
-    )  # fmt: skip
+def _run_bwd(
+    dact: torch.Tensor, gate_up: torch.Tensor, dgate_up: torch.Tensor, act: torch.Tensor | None
+) -> None:
+    strided = (dact, gate_up, dgate_up)
+    _launch(_bwd, _BWD_COLUMNS, gate_up, dact, gate_up, dgate_up, act, strided=strided)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from openllama.config import ModelConfig
 from openllama.files import folder_written_aside, read_json, write_json
 from openllama.model import Llama
+from openllama.optim import AdamW
 from openllama.pretrained import (
     CONFIG,
     TOKENIZER,
@@ -37,7 +38,7 @@ def save(
     folder: Path,
     step: int,
     model: Llama,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     state: dict[str, Any],
     tokenizer: Path,
     random_states: Sequence[dict[str, torch.Tensor]],
@@ -83,7 +84,7 @@ def read_state(place: Path) -> dict[str, Any]:
     return read_json(path, VERSION, ("step", "tokens", "loader", "tokenizer", "settings"))
 
 
-def load(place: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
+def load(place: Path, model: Llama, optimizer: AdamW, rank: int = 0) -> None:
     """Puts the checkpoint's weights, optimizer state and this process's random state back.
 
     Raises:
@@ -99,7 +100,7 @@ def load(place: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int 
         saved = {key: random.get_tensor(key) for key in random.keys()}  # noqa: SIM118
         got = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         check_weights(place / WEIGHTS, got, {name: tuple(t.shape) for name, t in own.items()})
-        _check_optimizer(place / OPTIMIZER, moments, model)
+        _check_optimizer(place / OPTIMIZER, moments, model, optimizer)
         for name, value in own.items():  # detached views of the model's own weights
             value.copy_(reader.get_tensor(name))
         for (
@@ -111,7 +112,7 @@ def load(place: Path, model: Llama, optimizer: torch.optim.Optimizer, rank: int 
                 entry: moments.get_tensor(f"{name}/{entry}").to(
                     "cpu" if entry == "step" else p.device, copy=True
                 )
-                for entry in _entries(p)
+                for entry in optimizer.layout(p)
             }
     if f"{rank}/cpu" in saved:  # a run that goes on with more processes starts the new ones' states afresh
         torch.set_rng_state(saved[f"{rank}/cpu"])
@@ -127,7 +128,7 @@ def random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _optimizer_tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: Llama, optimizer: AdamW) -> dict[str, torch.Tensor]:
     """The optimizer's state by parameter name: `layers.0.mlp.w_down.weight/exp_avg`."""
     return {
         f"{name}/{key}": value.detach().contiguous()
@@ -136,23 +137,26 @@ def _optimizer_tensors(model: Llama, optimizer: torch.optim.Optimizer) -> dict[s
     }
 
 
-def _entries(p: torch.Tensor) -> list[str]:
-    return ["step", "exp_avg", "exp_avg_sq", *(["master"] if p.dtype != torch.float32 else [])]
+#: safetensors' names of what an optimizer's state is in.
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8, "I16": torch.int16}
 
 
-def _check_optimizer(path: Path, reader: Any, model: Llama) -> None:
+def _check_optimizer(path: Path, reader: Any, model: Llama, optimizer: AdamW) -> None:
     expected = {
-        f"{name}/{entry}": () if entry == "step" else tuple(p.shape)
+        f"{name}/{entry}": what
         for name, p in model.named_parameters()
-        for entry in _entries(p)
+        for entry, what in optimizer.layout(p).items()
     }
-    got = {key: tuple(reader.get_slice(key).get_shape()) for key in reader.keys()}  # noqa: SIM118
+    got = {}
+    for key in reader.keys():  # noqa: SIM118
+        entry = reader.get_slice(key)
+        got[key] = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype(), entry.get_dtype())
     if got == expected:
         return
     wrong = min(key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key))
     raise ValueError(
         f"{path}: {wrong}: got {got.get(wrong, 'none')}, takes {expected.get(wrong, 'none')}; "
-        "resume with the model and dtype it was made with"
+        "resume with the model, dtype, moments and masters it was made with"
     )
 
 

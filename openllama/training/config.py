@@ -29,9 +29,7 @@ class TrainConfig:
         None  # model folder whose weights a new run takes: imported, merged, or of another run
     )
     model: dict[str, Any] = field(default_factory=dict)  # fields of the preset to change
-    dtype: Literal["float32", "bfloat16"] = (
-        "bfloat16"  # of weights and activations; masters and moments are fp32
-    )
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations
 
     context: int = 1024  # tokens in a pack
     long: Literal["split", "sample", "truncate"] = "split"  # what becomes of longer documents (data/pack.py)
@@ -50,6 +48,10 @@ class TrainConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0  # largest global gradient norm
+    # Of AdamW (openllama/optim.py); lower them when memory runs out. Moments of 16 and 8 bits are rounded stochastically.
+    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
+    # Of bfloat16 weights: fp32 (4 bytes a parameter); remainder (2), as exact; none (0), weights rounded stochastically.
+    masters: Literal["fp32", "remainder", "none"] = "fp32"
 
     seed: int = 42
     log_every: int = 1  # steps

@@ -79,7 +79,9 @@ class Trainer:
         torch.manual_seed(c.seed)
         self.model = self._initial(shape).to(self.device, self.dtype)
         groups = decay_groups(self.model, c.weight_decay)
-        self.optimizer = AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
+        self.optimizer = AdamW(
+            groups, c.lr, (c.beta1, c.beta2), c.eps, moments=c.moments, masters=c.masters, seed=c.seed
+        )
         if self.ranks.world == 1:
             accumulate_in_fp32(self.model)
         self.engine = self.accelerator.prepare_model(self.model)
@@ -297,9 +299,12 @@ class Trainer:
         peak = devices.peak_flops(self.device, self.dtype)
         world = self.ranks.world
         say(f"{devices.name(self.device)}, {world} process(es), torch {torch.__version__}, {c.dtype}")
-        if self.dtype != torch.float32:
-            sums = "float32" if world == 1 else f"{c.dtype}, as DDP needs"
-            say(f"masters and moments in float32; gradients add up in {sums}")
+        masters = f", masters {c.masters}" if self.dtype != torch.float32 else ""
+        sums = "float32" if world == 1 or not masters else f"{c.dtype}, as DDP needs"
+        say(
+            f"AdamW: {self.optimizer.state_bytes():.2f} bytes a parameter, with it: moments {c.moments}{masters}; "
+            f"gradients add up in {sums}"
+        )
         flops = flops_per_token(shape, c.context)
         say(
             f"model {c.preset}: {sum(p.numel() for p in self.model.parameters()):,} parameters; "

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 
 from openllama.data.loader import Batch
+from openllama.kernels.grad_norm import grad_norm
+from openllama.optim import AdamW
 from openllama.training.ranks import Ranks
 
 
@@ -55,7 +57,8 @@ def train_step(
 
     `targets` is the number of labels that count in the whole step, of all `world` processes. The loss is the sum over
     all real tokens divided by it, so a micro-batch with more padding weighs less, as it should, and the same tokens
-    give the same step however they are split. `engine` is the model, or DDP around it.
+    give the same step however they are split. `engine` is the model, or DDP around it. Our AdamW clips the gradients
+    as it reads them, which leaves them unclipped; other optimizers get them clipped.
     """
     device = next(engine.parameters()).device
     total = torch.zeros((), device=device)
@@ -66,10 +69,17 @@ def train_step(
             # DDP averages over processes, so each one's sum is scaled up by their number
             (loss * (world / targets)).backward()
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), clip)
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+        if isinstance(group["lr"], torch.Tensor):  # of a capturable optimizer
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    if isinstance(optimizer, AdamW):
+        norm, scale = grad_norm([p.grad for p in engine.parameters() if p.grad is not None], clip)
+        optimizer.step(grad_scale=scale)
+    else:
+        norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), clip)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total / targets, norm)
 

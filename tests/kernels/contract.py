@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random as python_random
 
@@ -58,6 +59,15 @@ class Contract:
         ulps = self.ulps * (8 if dtype == F64 else 1)  # float64's own result is not exact
         assert_error_rule(
             self.op, self.eager, tensors, constants, factor=self.factor, ulps=ulps, floor=self.floor(size)
+        )
+
+    @pytest.mark.gpu
+    def test_error_rule_of_the_triton_twin(self, dtype, size):
+        self.raw("cuda", dtype)  # skips where there is no kernel
+        tensors, constants = self.make(33, size, dtype, "cuda")
+        op = functools.partial(self.op, backend="triton")
+        assert_error_rule(
+            op, self.eager, tensors, constants, factor=self.factor, ulps=self.ulps, floor=self.floor(size)
         )
 
     def test_each_gradient_alone_equals_all_together(self, device, dtype):
@@ -125,10 +135,16 @@ class Contract:
         expected = run(self.op, tensors, constants, douts=[torch.ones_like(o) for o in outputs])[1]
         all_near([leaf.grad for leaf in leaves], expected, 2)
 
-    def test_fuzz_against_the_reference(self, device):
-        for seed in range(self.fuzz_cases):
+    @pytest.mark.parametrize("backend", (None, pytest.param("triton", marks=pytest.mark.gpu)))
+    def test_fuzz_against_the_reference(self, device, backend):
+        if backend == "triton" and device == "cpu":
+            pytest.skip("Triton kernels run on a GPU")
+        cases = self.fuzz_cases if backend is None else self.fuzz_cases // 8  # each shape is compiled
+        for seed in range(cases):
             rng = python_random.Random(seed)
             size, rows, dtype = self.fuzz_size(rng), rng.choice((1, 2, 3, 17, 64)), rng.choice(self.dtypes)
+            if backend == "triton" and dtype == F64:
+                continue
             tensors, constants = self.make(rows, size, dtype, device, seed)
             layouts = [rng.choice(LAYOUTS) for _ in tensors]
             needs = [rng.random() < 0.7 for _ in tensors]
@@ -137,7 +153,7 @@ class Contract:
             outputs, _ = run(self.op, tensors, constants, [False] * len(tensors), backend="reference")
             layout = rng.choice(LAYOUTS)
             douts = [laid_out(d, layout) for d in gradients_like(outputs)]
-            ours = run(self.op, tensors, constants, needs, douts)
+            ours = run(self.op, tensors, constants, needs, douts, backend=backend)
             theirs = run(self.op, tensors, constants, needs, douts, backend="reference")
             for kind, o, t in zip(("outputs", "gradients"), ours, theirs):
                 all_near(o, t, self.fuzz_ulps, f"{case}, dout {layout}: {kind}", self.terms)

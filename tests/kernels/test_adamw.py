@@ -1,4 +1,7 @@
-"""adamw, the op: against torch.optim.AdamW in float64, masters, bad input. test_optim.py has the optimizer."""
+"""adamw, the op: against torch.optim.AdamW in float64, masters, numbers of groups, bad input.
+
+test_adamw_forms.py has state in 8 and 16 bits, test_optim.py the optimizer.
+"""
 
 import random as python_random
 from itertools import chain
@@ -16,14 +19,23 @@ SHAPES = ((), (1,), (7,), (0,), (3, 0), (123, 41), (16_384,), (16_385,), (2, 3, 
 
 
 class Run:
-    """Lists of tensors for the op, and its steps."""
+    """Lists of tensors for the op, and its steps. `moment` is the moments' dtype, `master` the masters', None without."""
 
-    def __init__(self, shapes, dtype, device, grad_dtype=None, seed=0):
+    def __init__(self, shapes, dtype, device, grad_dtype=None, seed=0, moment=F32, master=F32):
         self.params = [random(s, dtype, device, seed + i) for i, s in enumerate(shapes)]
-        wide = F64 if dtype == F64 else F32
-        self.masters = [p.to(F32) for p in self.params] if dtype in (BF16, F16) else []
-        self.exp_avgs = [torch.zeros_like(p, dtype=wide) for p in self.params]
-        self.exp_avg_sqs = [torch.zeros_like(p, dtype=wide) for p in self.params]
+        moment = F64 if dtype == F64 else moment
+        self.masters = []
+        if dtype in (BF16, F16) and master is not None:
+            self.masters = [
+                p.to(F32) if master == F32 else torch.zeros_like(p, dtype=master) for p in self.params
+            ]
+        self.exp_avgs = [torch.zeros_like(p, dtype=moment) for p in self.params]
+        self.exp_avg_sqs = [torch.zeros_like(p, dtype=moment) for p in self.params]
+        self.scales = []
+        if moment == torch.uint8:
+            self.scales = [torch.zeros(2, -(-p.numel() // 256), device=device) for p in self.params]
+            for m in self.exp_avgs:
+                m.fill_(128)
         self.grad_dtype, self.step = grad_dtype or dtype, 0
 
     @property
@@ -40,7 +52,14 @@ class Run:
     def go(self, steps, **options):
         for _ in range(steps):
             self.step += 1
-            adamw(self.params, self.grads(), *self.lists[1:], step=self.step, **{**HYPER, **options})
+            adamw(
+                self.params,
+                self.grads(),
+                *self.lists[1:],
+                self.scales,
+                step=self.step,
+                **{**HYPER, **options},
+            )
         return self
 
 
@@ -201,6 +220,67 @@ def test_compiled_equals_eager(device):
         near(o, t, 2)
 
 
+def same(ours, theirs):
+    """Whether two runs hold the same bits."""
+    pairs = zip((*ours.lists, ours.scales), (*theirs.lists, theirs.scales))
+    return all(torch.equal(o, t) for a, b in pairs for o, t in zip(a, b, strict=True))
+
+
+NUMBERS = {"lr": (1e-2, 1e-3, 1e-2), "beta1": (0.9, 0.8, 0.9), "beta2": (0.99, 0.9, 0.99), "eps": (1e-8, 1e-6, 1e-8),
+           "weight_decay": (0.1, 0.0, 0.1), "step": (3, 7, 3)}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_numbers_of_each_tensor_equal_calls_of_their_own(device, backend):
+    shapes = [(5,), (300, 7), ()]
+    together, alone = Run(shapes, F32, device), Run(shapes, F32, device)
+    adamw(together.params, together.grads(), *together.lists[1:], backend=backend, **NUMBERS)
+    grads = alone.grads()
+    for i in range(3):
+        own = {name: values[i] for name, values in NUMBERS.items()}
+        adamw(
+            [alone.params[i]], [grads[i]], [alone.exp_avgs[i]], [alone.exp_avg_sqs[i]], backend=backend, **own
+        )
+    assert same(together, alone)
+    named = Run(shapes, F32, device)
+    pairs = {name: values[:2] for name, values in NUMBERS.items()}
+    adamw(named.params, named.grads(), *named.lists[1:], groups=[0, 1, 0], backend=backend, **pairs)
+    assert same(together, named)
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_numbers_on_the_device(device, backend):
+    """lr, step and grad_scale as tensors equal plain numbers (and scaled gradients)."""
+    shapes = [(5,), (300, 7), ()]
+    ours, theirs = Run(shapes, F32, device), Run(shapes, F32, device)
+    lr, step = (torch.tensor(NUMBERS[name][:2], device=device) for name in ("lr", "step"))
+    scale = torch.tensor(0.25, device=device)  # and, with one group, tensors without a dimension
+    one = {"lr": torch.tensor(0.5, device=device), "step": torch.tensor(2.0, device=device)}
+    adamw(ours.params, ours.grads(), *ours.lists[1:], **{**HYPER, **one, "backend": backend})
+    adamw(
+        theirs.params,
+        theirs.grads(),
+        *theirs.lists[1:],
+        **{**HYPER, "lr": 0.5, "step": 2, "backend": backend},
+    )
+    pairs = {
+        **{name: values[:2] for name, values in NUMBERS.items()},
+        "groups": [0, 1, 0],
+        "backend": backend,
+    }
+    adamw(
+        ours.params,
+        ours.grads(),
+        *ours.lists[1:],
+        grad_scale=scale,
+        **{**pairs, "lr": lr, "step": step.float()},
+    )
+    adamw(theirs.params, [g / 4 for g in theirs.grads()], *theirs.lists[1:], **pairs)
+    for o, t in zip(chain(*ours.lists), chain(*theirs.lists)):
+        near(o, t, 4)
+    assert torch.equal(ours.exp_avgs[1], theirs.exp_avgs[1])
+
+
 def _broken(name):
     """Arguments with one thing wrong in the last tensor or in a number."""
     run = Run([(3,), (4, 5)], BF16 if name.startswith("master") else F32, "cpu")
@@ -209,7 +289,7 @@ def _broken(name):
     if name == "grads length":
         lists["grads"] = lists["grads"][:1]
     elif name == "masters length":
-        lists["masters"] = []
+        lists["masters"] = lists["masters"][:1]
     elif name.endswith("shape"):
         key = name.split()[0]
         lists[key] = [lists[key][0], lists[key][1].T.contiguous()]
@@ -225,15 +305,34 @@ def _broken(name):
         lists["grads"][1] = None
     elif name == "device":
         lists["grads"][1] = lists["grads"][1].to("meta")
+    elif name in OPTIONS:
+        options |= OPTIONS[name]
     else:
         key, value = name.split("=")
         options[key] = float(value)
     return lists, options
 
 
+OPTIONS = {
+    "groups": {"groups": [0, 1]},
+    "groups length": {"groups": [0]},
+    "firsts length": {"firsts": [0]},
+    "numbers": {"lr": [0.1, 0.1, 0.1]},
+    "numbers of two lengths": {"lr": [0.1, 0.1], "eps": [0.1]},
+    "a bad number of a group": {"lr": [0.1, -0.1]},
+    "seed": {"seed": -1},
+    "grad_scale": {"grad_scale": torch.ones(2)},
+    "grad_scale dtype": {"grad_scale": torch.ones(1, dtype=F64)},
+    "lr's dtype": {"lr": torch.ones(1, dtype=F64)},
+    "scales": {"scales": [torch.zeros(2, 1)] * 2},
+    "no number": {"lr": None},
+    "a tensor of numbers that can't be": {"beta1": torch.ones(2)},
+}
+
+
 BROKEN = {
     "grads length": r"grads: got 1 tensors, takes one for each of 2 params",
-    "masters length": r"masters: got 0 tensors",
+    "masters length": r"masters: got 1 tensors, takes one for each of 2 params",
     "grads shape": r"grads\[1\]: got shape \(5, 4\), takes \(4, 5\)",
     "exp_avg_sqs shape": r"exp_avg_sqs\[1\]: got shape \(5, 4\)",
     "masters shape": r"masters\[1\]: got shape \(5, 4\)",
@@ -243,6 +342,19 @@ BROKEN = {
     "params strides": r"params\[1\]: got strides \(1, 4\), takes a contiguous tensor",
     "no gradient": r"grads\[1\]: got NoneType, takes a tensor",
     "device": r"grads\[1\]: got a tensor on meta, takes params\[0\]'s cpu",
+    "groups": r"groups: got 0 to 1, takes 0 to 0",
+    "groups length": r"groups: got 1 numbers, takes one for each of 2 params",
+    "firsts length": r"firsts: got 1 numbers, takes one for each of 2 params",
+    "numbers": r"lr: got 3 numbers, takes one for each of 2 params, or `groups`",
+    "numbers of two lengths": r"eps: got 1 numbers, takes 2",
+    "a bad number of a group": r"lr: got -0.1",
+    "seed": r"seed: got -1, takes a whole number",
+    "grad_scale": r"grad_scale: got 2 numbers, takes one",
+    "grad_scale dtype": r"grad_scale: got torch.float64",
+    "lr's dtype": r"lr: got torch.float64",
+    "scales": r"scales: got 2 tensors, takes none for exp_avgs of torch.float32",
+    "no number": r"lr: got None, takes a finite number",
+    "a tensor of numbers that can't be": r"beta1: got a tensor, takes numbers",
     "lr=nan": "lr: got nan",
     "lr=-1": "lr: got -1.0",
     "eps=inf": "eps: got inf",

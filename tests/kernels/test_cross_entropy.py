@@ -1,4 +1,6 @@
-"""cross_entropy: losses, gradients, ignored and impossible labels."""
+"""cross_entropy: losses, gradients, weights, impossible labels. test_cross_entropy_inplace.py holds what depends on the path."""
+
+import math
 
 import pytest
 import torch
@@ -6,8 +8,8 @@ import torch.nn.functional as F
 
 from openllama.ops import cross_entropy
 
-from .contract import BF16, F32, F64, Contract
-from .rule import all_near, assert_error_rule, near, random, run
+from .contract import BF16, F16, F32, F64, Contract
+from .rule import LAYOUTS, all_near, assert_error_rule, laid_out, near, random, run
 
 
 def labels_for(rows, vocab, device, seed, ignored=0.2):
@@ -19,6 +21,7 @@ def labels_for(rows, vocab, device, seed, ignored=0.2):
 class TestCrossEntropy(Contract):
     sizes = (41, 1, 7, 123, 4096)  # vocabulary
     reduction = "none"
+    numbers = (0.0, 0.0)  # softcap, z_loss
 
     def make(self, rows, size, dtype, device, seed=0):
         return [random((rows, size), dtype, device, seed, scale=4)], (labels_for(rows, size, device, seed),)
@@ -37,18 +40,18 @@ class TestCrossEntropy(Contract):
         return rng.choice((2, 3, 15, 16, 17, 63, 64, 65, 127, 1000))
 
     def raw(self, device, dtype):
-        if device == "cuda" or dtype not in (F32, BF16):
+        if dtype == F64 or (device == "cpu" and dtype == F16):
             pytest.skip("the raw op has no such kernel")
         logits, labels = random((5, 40), dtype, device, 0)[:, 3:20], labels_for(5, 17, device, 0)
-        loss, lse = torch.ops.openllama.cross_entropy_fwd(logits, labels, -100, 0.0, 0.0)
-        ops = torch.ops.openllama
+        ops, options = torch.ops.openllama, (-100, *self.numbers)
+        loss, lse = ops.cross_entropy_fwd(logits, labels, *options)
+        dloss = torch.ones_like(loss)
         return [
-            (ops.cross_entropy_fwd.default, (logits, labels, -100, 0.0, 0.0)),
-            (ops.cross_entropy_bwd.default, (torch.ones_like(loss), logits, labels, lse, -100, 0.0, 0.0)),
-            (
-                ops.cross_entropy_bwd_.default,
-                (torch.ones_like(loss), logits.clone(), labels, lse, -100, 0.0, 0.0),
-            ),
+            (ops.cross_entropy_fwd.default, (logits, labels, *options)),
+            (ops.cross_entropy_bwd.default, (dloss, logits, labels, lse, *options)),
+            (ops.cross_entropy_bwd_.default, (dloss, logits.clone(), labels, lse, *options)),
+            (ops.cross_entropy_fwd_bwd_.default, (logits.clone(), labels, None, *options)),
+            (ops.cross_entropy_fwd_bwd_.default, (logits.clone(), labels, dloss, *options)),
         ]
 
 
@@ -64,6 +67,62 @@ class TestCrossEntropySum(TestCrossEntropy):
     test_layout_of_output_gradients = None  # the output is a scalar
 
 
+def definition(logits, labels, weights, softcap, z_loss, reduction):
+    """In plain torch."""
+    wide = logits if logits.dtype == F64 else logits.float()
+    capped = softcap * torch.tanh(wide / softcap)
+    losses = F.cross_entropy(capped, labels, reduction="none")
+    losses = losses + z_loss * capped.logsumexp(-1).square() * (labels != -100)
+    if reduction == "none":
+        return losses * weights
+    count = weights.double()[labels != -100].sum()
+    return (losses * weights).sum() / (1 if reduction == "sum" or count == 0 else count.to(losses.dtype))
+
+
+class TestCrossEntropyOptions(TestCrossEntropy):
+    """softcap, z_loss and weights."""
+
+    sizes = (41, 7, 123, 4096)
+    numbers = (10.0, 1e-2)
+    fuzz_cases = 50
+
+    def make(self, rows, size, dtype, device, seed=0):
+        tensors, (labels,) = super().make(rows, size, dtype, device, seed)
+        return tensors, (labels, random((rows,), F32, device, seed + 1).abs() + 0.1)
+
+    def op(self, logits, labels, weights, backend=None):
+        softcap, z_loss = self.numbers
+        return cross_entropy(
+            logits, labels, weights=weights, softcap=softcap, z_loss=z_loss, reduction=self.reduction,
+            backend=backend,
+        )  # fmt: skip
+
+    def eager(self, logits, labels, weights):
+        return definition(logits, labels, weights, *self.numbers, self.reduction)
+
+
+class TestCrossEntropyInPlace(TestCrossEntropyOptions):
+    """The gradient takes the place of a product's logits, in forward."""
+
+    reduction = "mean"
+
+    def make(self, rows, size, dtype, device, seed=0):
+        tensors, (labels, weights) = super().make(rows, size, dtype, device, seed)
+        if rows:
+            labels[0] = size - 1  # a row that counts
+        return tensors, (labels, weights)
+
+    def op(self, logits, labels, weights, backend=None):
+        softcap, z_loss = self.numbers
+        return cross_entropy(
+            logits * 1, labels, weights=weights, softcap=softcap, z_loss=z_loss, reduction=self.reduction,
+            inplace=True, backend=backend,
+        )  # fmt: skip
+
+    test_layout_of_output_gradients = None  # the output is a scalar
+    test_opcheck = test_fake_has_the_real_strides = None  # TestCrossEntropyOptions checks the same raw ops
+
+
 @pytest.mark.parametrize("dtype", (F32, BF16))
 def test_mean_counts_what_is_not_ignored(device, dtype):
     logits, labels = random((20, 41), dtype, device, 0), labels_for(20, 41, device, 0, ignored=0.5)
@@ -72,21 +131,49 @@ def test_mean_counts_what_is_not_ignored(device, dtype):
                       [logits], (labels,))  # fmt: skip
 
 
+def test_weights_of_rows(device):
+    """A weight of 0 takes a row out; what lies beside an ignored label counts for nothing; no gradient for weights."""
+    logits = random((4, 41), F32, device, 0)
+    labels = torch.tensor([3, -100, 0, 40], device=device)
+    weights = torch.tensor([0.5, float("nan"), 0.0, 2.0], device=device, requires_grad=True)
+    (loss,), (grad,) = run(lambda x: cross_entropy(x, labels, weights=weights), [logits])
+    rows = F.cross_entropy(logits, labels, reduction="none")
+    near(loss, (0.5 * rows[0] + 2 * rows[3]) / 2.5, 4)
+    assert grad[0].any() and not grad[1:3].any() and grad[3].any() and weights.grad is None
+    each = cross_entropy(logits, labels, weights=weights, reduction="none")
+    near(each, torch.stack([0.5 * rows[0], 0 * rows[0], 0 * rows[0], 2 * rows[3]]), 4)
+
+
 @pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
-@pytest.mark.parametrize("backend", (None, "reference"))
-def test_all_labels_ignored(device, reduction, backend):
-    logits, labels = random((6, 41), F32, device, 0), torch.full((6,), -100, device=device)
-    (loss,), (grad,) = run(cross_entropy, [logits], (labels,), reduction=reduction, backend=backend)
-    assert loss.count_nonzero() == 0 and grad.count_nonzero() == 0 and grad.shape == logits.shape
+@pytest.mark.parametrize("inplace", (False, True))
+def test_weights_in_any_layout(device, reduction, inplace):
+    logits, labels = random((12, 41), F32, device, 0), labels_for(12, 41, device, 0)
+    weights = random((12,), F32, device, 1).abs()
+
+    def loss(x, w):
+        return cross_entropy(x * 1, labels.view(w.shape), weights=w, reduction=reduction, inplace=inplace)
+
+    for layout in LAYOUTS:
+        laid = laid_out(weights, layout)
+        (dense,), (grad,) = run(loss, [logits], (laid.contiguous(),))
+        ours = run(loss, [logits], (laid,))
+        assert torch.equal(ours[0][0], dense) and torch.equal(ours[1][0], grad)
+    wide = laid_out(weights.view(3, 4), "transposed")
+    ours = run(loss, [logits.view(3, 4, 41)], (wide,))
+    all_near([ours[0][0].reshape(dense.shape), ours[1][0].view(12, 41)], [dense, grad], 4)
 
 
-def test_an_ignored_row_may_hold_anything():
-    """On the kernels; the reference's gradient there is PyTorch's."""
-    logits, labels = random((4, 41), F32, "cpu", 0), torch.tensor([3, -100, 0, 40])
-    clean = run(cross_entropy, [logits.clone()], (labels,), backend="cpu")
-    logits[1] = float("nan")
-    dirty = run(cross_entropy, [logits], (labels,), backend="cpu")
-    assert torch.equal(clean[0][0], dirty[0][0]) and torch.equal(clean[1][0], dirty[1][0])
+def test_a_cap_far_above_the_logits_changes_nothing(device):
+    """tanh of a small number keeps its digits."""
+    logits, labels = random((9, 123), F32, device, 0, scale=4), labels_for(9, 123, device, 0)
+    capped, plain = (run(cross_entropy, [logits], (labels,), softcap=softcap) for softcap in (1e6, 0.0))
+    all_near(capped[0] + capped[1], plain[0] + plain[1], 16)
+
+
+def test_z_loss_draws_the_logsumexp_to_0(device):
+    logits, labels = torch.zeros(1, 41, device=device), torch.tensor([3], device=device)
+    with_z, without = (run(cross_entropy, [logits], (labels,), z_loss=z)[0][0] for z in (0.5, 0.0))
+    near(with_z - without, torch.tensor(0.5 * math.log(41) ** 2, device=device), 4)
 
 
 def test_ignore_index_may_be_an_id(device):
@@ -109,30 +196,6 @@ def test_nearly_certain_bf16_row_keeps_its_gradient(device):
     exact = logits.double().softmax(-1)[0, 7] - 1
     assert -0.002 < exact < -0.0005
     near(grad[0, 7], exact.to(BF16), 1)
-
-
-@pytest.mark.parametrize("value", (float("nan"), float("inf")))
-@pytest.mark.parametrize("column", (0, 5, 70, 99))
-def test_nan_and_infinity_propagate(device, value, column):
-    logits, labels = random((3, 100), F32, device, 0), torch.tensor([1, 2, 3], device=device)
-    logits[1, column] = value
-    (loss,), (grad,) = run(cross_entropy, [logits], (labels,), reduction="none", douts=[torch.ones(3)])
-    assert not loss[1].isfinite() and loss[::2].isfinite().all()
-    assert not grad[1].isfinite().all() and grad[::2].isfinite().all()
-
-
-def test_masked_logits(device):
-    """-inf takes a token out of the vocabulary, as in constrained decoding."""
-    logits, labels = random((3, 100), F32, device, 0), torch.tensor([1, 2, 3], device=device)
-    logits[:, 50:] = float("-inf")
-    ours, theirs = (run(f, [logits], (labels,)) for f in (cross_entropy, F.cross_entropy))
-    all_near(ours[0] + ours[1], theirs[0] + theirs[1], 4)
-
-
-@pytest.mark.parametrize("top", (1e4, -1e4, 3e38))
-def test_large_logits_do_not_overflow(device, top):
-    logits, labels = random((3, 100), F32, device, 0) + top, torch.tensor([1, 2, 3], device=device)
-    all_near(run(cross_entropy, [logits], (labels,))[1], run(F.cross_entropy, [logits], (labels,))[1], 4)
 
 
 @pytest.mark.parametrize("label", (41, -1, -101, 2**40))
@@ -161,38 +224,6 @@ def test_any_leading_shape(device):
     assert torch.equal(cross_entropy(logits[3], labels[3], reduction="none"), flat[3])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_inplace_backward_writes_the_gradient_over_the_logits(dtype):
-    logits, labels = random((9, 123), dtype, "cpu", 3), labels_for(9, 123, "cpu", 3)
-    weight = torch.ones(123, dtype=dtype, requires_grad=True)
-    expected = torch.autograd.grad(cross_entropy(logits * weight, labels), weight)[0]
-    fresh = logits * weight
-    loss = cross_entropy(fresh, labels, inplace_backward=True)
-    assert torch.equal(torch.autograd.grad(loss, weight, retain_graph=True)[0], expected)
-    softmax = (logits.float().softmax(-1) / (labels != -100).sum()).to(dtype)
-    rest = torch.arange(123) != labels[:, None]
-    near(fresh.detach()[rest & (labels != -100)[:, None]], softmax[rest & (labels != -100)[:, None]], 4)
-    with pytest.raises(RuntimeError, match="modified"):
-        loss.backward()
-
-
-def test_inplace_backward_leaves_a_parameter_alone():
-    leaf, labels = random((3, 7), F32, "cpu", 0).requires_grad_(), torch.tensor([1, 2, 3])
-    before = leaf.detach().clone()
-    for logits in (leaf, leaf[:, :5]):
-        cross_entropy(logits, labels, inplace_backward=True).backward()
-        assert torch.equal(leaf, before)
-
-
-def test_inplace_backward_leaves_rows_that_overlap_alone():
-    row, labels = random((1, 7), F32, "cpu", 0), torch.tensor([1, 2, 3])
-    inplace, plain = (
-        run(lambda x, inplace=inplace: cross_entropy((x * 1).expand(3, 7), labels, inplace_backward=inplace), [row])
-        for inplace in (True, False)
-    )  # fmt: skip
-    assert torch.equal(inplace[1][0], plain[1][0])
-
-
 X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)
 
 
@@ -205,6 +236,22 @@ X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)
         ((X.int(), Y), {}, TypeError, "logits: got torch.int32"),
         ((X, Y), {"ignore_index": 1.5}, TypeError, "ignore_index: got 1.5, takes a whole number"),
         ((X[:, :0], Y), {}, ValueError, r"logits: got shape \(4, 0\)"),
+        ((X, Y), {"weights": Y.float()[:3]}, ValueError, r"weights: got shape \(3,\), takes \(4,\)"),
+        ((X, Y), {"weights": Y.double()}, TypeError, "weights: got torch.float64"),
+        ((X, Y), {"weights": 0.5}, TypeError, "weights: got float, takes a tensor"),
+        (
+            (X, Y),
+            {"softcap": -1.0},
+            ValueError,
+            "softcap: got -1.0, takes a finite number above 0, or 0 for none",
+        ),
+        ((X, Y), {"softcap": float("nan")}, ValueError, "softcap: got nan"),
+        (
+            (X, Y),
+            {"z_loss": float("inf")},
+            ValueError,
+            "z_loss: got inf, takes a finite number of at least 0",
+        ),
         (
             (X, Y),
             {"reduction": "average"},

@@ -1,10 +1,10 @@
-"""rotary: turns of q and k heads, tables, positions, and the in-place form."""
+"""rotary: turns of q and k heads, positions, and the in-place form. test_rotary_tables.py holds the tables."""
+
+import math
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from openllama.ops import rotary, rotary_tables
 
@@ -15,12 +15,28 @@ TABLE_ROWS = 64
 
 
 def huggingface(x, cos, sin, positions, rotated):
-    """transformers' apply_rotary_pos_emb on q and k, v beside them."""
+    """transformers' apply_rotary_pos_emb on q and k, or on the first elements of their heads; the rest beside them."""
     cos, sin = (torch.cat([t, t], -1)[positions.long()][:, None].to(x.dtype) for t in (cos, sin))
-    turning = x[:, :rotated]
+    turning = x[:, :rotated, : cos.shape[-1]]
     first, second = turning.chunk(2, dim=-1)
     turned = turning * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned, x[:, rotated:]], dim=1)
+    heads = torch.cat([turned, x[:, :rotated, cos.shape[-1] :]], dim=2)
+    return torch.cat([heads, x[:, rotated:]], dim=1)
+
+
+def every_two(x):
+    """The elements 2i of a head's first half, then the elements 2i + 1: what interleaved pairs are, half-split."""
+    return torch.cat([x[..., ::2], x[..., 1::2]], dim=-1)
+
+
+def interleaved(x, cos, sin, first, rotated):
+    """GPT-J's layout, token i at position first + i."""
+    dim = 2 * cos.shape[1]
+    positions = torch.arange(first, first + len(x), device=x.device)
+    split = huggingface(every_two(x[:, :rotated, :dim]), cos, sin, positions, rotated)
+    turned = split.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    heads = torch.cat([turned, x[:, :rotated, dim:]], dim=2)
+    return torch.cat([heads, x[:, rotated:]], dim=1)
 
 
 class TestRotary(Contract):
@@ -33,16 +49,22 @@ class TestRotary(Contract):
         (2, 2, 6),
         (12, 8, 122),
     )  # heads, rotated, head_dim
+    share = 1.0  # of a head, that turns
+    table_rows = TABLE_ROWS
+    interleaved = False
 
     def make(self, rows, size, dtype, device, seed=0):
         heads, rotated, head_dim = size
-        cos, sin = rotary_tables(head_dim, TABLE_ROWS, device=device)
+        cos, sin = rotary_tables(2 * math.ceil(self.share * head_dim / 2), self.table_rows, device=device)
+        x = random((rows, heads, head_dim), dtype, device, seed)
+        return [x], (cos, sin, self.positions(rows, device, seed), rotated)
+
+    def positions(self, rows, device, seed):
         generator = torch.Generator().manual_seed(seed)
-        positions = torch.randint(TABLE_ROWS, (rows,), generator=generator, dtype=torch.int32).to(device)
-        return [random((rows, heads, head_dim), dtype, device, seed)], (cos, sin, positions, rotated)
+        return torch.randint(TABLE_ROWS, (rows,), generator=generator, dtype=torch.int32).to(device)
 
     def op(self, x, cos, sin, positions, rotated, backend=None):
-        return rotary(x, cos, sin, positions, rotated, backend=backend)
+        return rotary(x, cos, sin, positions, rotated, interleaved=self.interleaved, backend=backend)
 
     def eager(self, *arguments):
         return huggingface(*arguments)
@@ -52,15 +74,40 @@ class TestRotary(Contract):
         return heads, rng.randrange(heads + 1), rng.choice((2, 4, 6, 30, 32, 34, 64, 128))
 
     def raw(self, device, dtype):
-        if device == "cuda" or dtype not in (F32, BF16):
+        if dtype == F64 or (device == "cpu" and dtype == F16):
             pytest.skip("the raw op has no such kernel")
-        (x,), constants = self.make(5, (6, 2, 8), dtype, device)
+        (x,), (cos, sin, at, rotated) = self.make(5, (6, 2, 8), dtype, device)
+        positions, offset = (at, 0) if isinstance(at, torch.Tensor) else (None, at)
         ops = torch.ops.openllama
         return [
-            (op.default, (x[:, 1:4], *constants[:3], 0, constants[3], False, inverse))
+            (op.default, (x[:, 1:4], cos, sin, positions, offset, rotated, self.interleaved, inverse))
             for op in (ops.rotary, ops.rotary_)
             for inverse in (False, True)
         ]
+
+
+class TestRotaryPartial(TestRotary):
+    """The first elements of a head turn, the others pass through."""
+
+    sizes = ((3, 2, 8), (6, 5, 64), (2, 2, 6), (4, 3, 122))
+    share = 0.4
+    fuzz_cases = 50
+
+
+class TestRotaryInterleaved(TestRotary):
+    """With positions counted from a number on, and heads that turn in part."""
+
+    sizes = ((3, 2, 8), (1, 1, 2), (5, 0, 4), (6, 5, 64), (12, 8, 122))
+    share = 0.7
+    table_rows = 100
+    interleaved = True
+    fuzz_cases = 50
+
+    def positions(self, rows, device, seed):
+        return 7 + seed % 20
+
+    def eager(self, *arguments):
+        return interleaved(*arguments)
 
 
 def example(dtype=F32, device="cpu", heads=6, rotated=4, head_dim=16):
@@ -77,6 +124,42 @@ def test_gqa_leaves_v_untouched(device, dtype):
     assert torch.equal(grad[:, 4:], x[:, 4:])
     written = x.clone()
     assert rotary(written, *constants, inplace=True) is written and torch.equal(written, out)
+
+
+@pytest.mark.parametrize("first", (0, 1, 55))
+def test_a_number_counts_positions_from_it_on(device, first):
+    x, (cos, sin, _, rotated) = example(F32, device)
+    listed = torch.arange(first, first + 9, device=device)
+    expected = run(rotary, [x], (cos, sin, listed, rotated))
+    for backend in (None, "reference"):
+        counted = run(rotary, [x], (cos, sin, first, rotated), backend=backend)
+        all_near(counted[0] + counted[1], expected[0] + expected[1], 0 if backend is None else 2)
+    written = x.clone()
+    rotary(written, cos, sin, first, rotated, inplace=True)
+    assert torch.equal(written, expected[0][0])
+
+
+def test_tables_of_a_slice_start_where_it_does(device):
+    """The tables' rows from n on, and positions from 0, are positions from n on."""
+    x, (cos, sin, _, _) = example(F32, device)
+    assert torch.equal(rotary(x, cos[5:], sin[5:], 0), rotary(x, cos, sin, 5))
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F64))
+def test_interleaved_is_half_split_in_another_order(device, dtype):
+    x, constants = example(dtype, device)
+    turned = rotary(x, *constants, interleaved=True)
+    near(every_two(turned), rotary(every_two(x), *constants), 1)
+
+
+@pytest.mark.parametrize("interleaved", (False, True))
+def test_in_place_keeps_what_does_not_turn(device, interleaved):
+    x, (cos, sin, *rest) = example(device=device)
+    written = x.clone()
+    rotary(written, cos[:, :3], sin[:, :3], *rest, interleaved=interleaved, inplace=True)
+    assert torch.equal(written, rotary(x, cos[:, :3], sin[:, :3], *rest, interleaved=interleaved))
+    assert torch.equal(written[..., 6:], x[..., 6:]) and torch.equal(written[:, 4:], x[:, 4:])
+    assert not torch.equal(written[:, :4, :6], x[:, :4, :6])
 
 
 def test_gradient_is_the_opposite_turn(device):
@@ -187,8 +270,28 @@ X, (COS, SIN, POSITIONS, _) = example()
         ((X[..., :15], COS, SIN, POSITIONS), {}, ValueError, r"x: got shape \(9, 6, 15\)"),
         ((X[..., :0], COS, SIN, POSITIONS), {}, ValueError, r"x: got shape \(9, 6, 0\)"),
         ((X, 1, 2, 3), {}, TypeError, "cos: got int, takes a tensor"),
-        ((X, COS, SIN, 3), {}, TypeError, "positions: got int, takes a tensor"),
-        ((X, COS[:, :4], SIN, POSITIONS), {}, ValueError, r"cos: got shape \(64, 4\), takes \(64, 8\)"),
+        ((X, COS, SIN, 3.0), {}, TypeError, "positions: got float, takes a tensor"),
+        (
+            (X, COS, SIN, 56),
+            {},
+            ValueError,
+            "positions: got 56 for 9 tokens, takes .* within the tables' 64 rows",
+        ),
+        ((X, COS, SIN, -1), {}, ValueError, "positions: got -1 for 9 tokens, takes a number of at least 0"),
+        (
+            (X[..., :14], COS, SIN, POSITIONS),
+            {},
+            ValueError,
+            r"cos: got shape \(64, 8\), .* from 2 to head_dim=14",
+        ),
+        ((X, COS[:, :0], SIN[:, :0], POSITIONS), {}, ValueError, r"cos: got shape \(64, 0\)"),
+        (
+            (X, COS[0], SIN[0], POSITIONS),
+            {},
+            ValueError,
+            r"cos: got shape \(8,\), takes \(positions, rotary_dim / 2\)",
+        ),
+        ((X, COS[:, :4], SIN, POSITIONS), {}, ValueError, r"sin: got shape \(64, 8\), takes \(64, 4\)"),
         ((X, COS, SIN[:3], POSITIONS), {}, ValueError, r"sin: got shape \(3, 8\), takes \(64, 8\)"),
         (
             (X, COS.bfloat16(), SIN, POSITIONS),
@@ -207,53 +310,3 @@ X, (COS, SIN, POSITIONS, _) = example()
 def test_bad_input_is_named(arguments, options, error, message):
     with pytest.raises(error, match=message):
         rotary(*arguments, **options)
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-@pytest.mark.parametrize("scaling", (None, {"rope_type": "linear", "factor": 4.0}, LLAMA3))
-@pytest.mark.parametrize("theta", (10_000.0, 500_000.0))
-def test_tables_are_huggingfaces(scaling, theta):
-    config = LlamaConfig(hidden_size=512, num_attention_heads=4, max_position_embeddings=131_072)
-    config.rope_parameters = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
-    if scaling is None:
-        frequencies = 1.0 / theta ** (torch.arange(0, 128, 2).float() / 128)
-    else:
-        frequencies, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, torch.device("cpu"))
-    angles = torch.arange(10_000).float()[:, None] * frequencies
-    cos, sin = rotary_tables(128, 10_000, theta, scaling)
-    assert cos.dtype == sin.dtype == F32 and cos.shape == (10_000, 64)
-    # an ulp of a frequency is up to 10,000 * 6e-8 of an angle
-    assert (cos - angles.cos()).abs().max() < 2e-3 and (sin - angles.sin()).abs().max() < 2e-3
-    assert torch.equal(cos[:2], angles.cos()[:2]) or scaling is LLAMA3
-
-
-def test_tables_tell_far_positions_apart():
-    """In bf16 position 257 equals 256."""
-    cos, sin = rotary_tables(128, 100_001)
-    exact = torch.tensor(100_000.0, dtype=F64)
-    assert abs(cos[-1, 0] - exact.cos()) < 1e-6 and abs(sin[-1, 0] - exact.sin()) < 1e-6
-    assert (cos.diff(dim=0).abs() + sin.diff(dim=0).abs())[:, 0].min() > 0.1
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((8, 8, 1e4, {"rope_type": "longrope"}), "scaling: got rope_type 'longrope', takes one of default, linear"),
-        ((8, 8, 1e4, {"type": "linear", "factor": 4.0}), "scaling: got rope_type None"),
-        ((8, 8, 1e4, {"rope_type": "linear"}), "scaling: factor: got None, takes a number above 0"),
-        ((7, 8), "head_dim: got 7, takes an even number"),
-        ((8, 8, float("nan")), "theta: got nan"),
-        ((8, 8, -5.0), "theta: got -5.0, takes a finite number above 0"),
-    ],
-)  # fmt: skip
-def test_bad_tables_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        rotary_tables(*arguments)

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openllama.ops import swiglu
+from openllama.ops import swiglu, swiglu_backward_
 
-from .contract import BF16, F32, Contract
+from .contract import BF16, F16, F32, F64, Contract
 from .rule import assert_error_rule, random, run
 
 
@@ -25,13 +25,14 @@ class TestSwiglu(Contract):
         return F.silu(gate) * up
 
     def raw(self, device, dtype):
-        if device == "cuda" or dtype not in (F32, BF16):
+        if dtype == F64 or (device == "cpu" and dtype == F16):
             pytest.skip("the raw op has no such kernel")
         wide = random((5, 40), dtype, device, 0)
         ops = torch.ops.openllama
         return [
             (ops.swiglu_fwd.default, (wide[:, 3:17],)),
             (ops.swiglu_bwd.default, (wide[:, 9:16], wide[:, 3:17])),
+            (ops.swiglu_bwd_.default, (wide[:, 30:37].clone(), wide[:, 3:17].clone())),
         ]
 
     def fuzz_size(self, rng):
@@ -81,6 +82,46 @@ def test_any_leading_shape(device):
 def test_bad_input_is_named(gate_up, error, message):
     with pytest.raises(error, match=message):
         swiglu(gate_up)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16, F16, F64))
+@pytest.mark.parametrize("rows, intermediate", ((5, 7), (3, 64), (0, 8), (2, 0), (33, 1000)))
+def test_backward_in_place(device, dtype, rows, intermediate):
+    """dact becomes act and gate_up its gradient, to the bit of what the two other ops give; around them nothing changes."""
+    wide_gate_up = random((rows, 2 * intermediate + 16), dtype, device, 0, scale=3)
+    wide_dact = random((rows, intermediate + 16), dtype, device, 1)
+    gate_up, dact = wide_gate_up[:, 8 : 8 + 2 * intermediate], wide_dact[:, 8 : 8 + intermediate]
+    (act,), (dgate_up,) = run(swiglu, [gate_up], douts=[dact])
+    before = wide_gate_up.clone(), wide_dact.clone()
+    swiglu_backward_(dact, gate_up)
+    assert torch.equal(dact, act) and torch.equal(gate_up, dgate_up)
+    for wide, old in zip((wide_gate_up, wide_dact), before):
+        assert torch.equal(wide[:, :8], old[:, :8]) and torch.equal(wide[:, -8:], old[:, -8:])
+
+
+def test_backward_in_place_is_seen_by_autograd():
+    gate_up = random((3, 14), F32, "cpu", 0).requires_grad_() * 1
+    act = swiglu(gate_up)
+    swiglu_backward_(torch.ones(3, 7), gate_up)
+    with pytest.raises(RuntimeError, match=r"modified.*inplace"):
+        act.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "dact, gate_up, error, message",
+    [
+        (torch.zeros(4, 7), torch.zeros(4, 15), ValueError, r"gate_up: got shape \(4, 15\)"),
+        (torch.zeros(4, 6), torch.zeros(4, 14), ValueError, r"dact: got shape \(4, 6\), takes \(4, 7\)"),
+        (torch.zeros(4, 7).half(), torch.zeros(4, 14), TypeError, "dact: got torch.float16"),
+        (torch.zeros(7, 4).T, torch.zeros(4, 14), ValueError, r"dact: got strides \(1, 4\)"),
+        (torch.zeros(4, 7), torch.zeros(1, 14).expand(4, 14), ValueError, r"gate_up: got strides \(0, 1\)"),
+    ],
+)
+def test_backward_in_place_names_bad_input(dact, gate_up, error, message):
+    before = dact.clone()
+    with pytest.raises(error, match=message):
+        swiglu_backward_(dact, gate_up)
+    assert torch.equal(dact, before)
 
 
 @pytest.mark.gpu

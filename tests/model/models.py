@@ -12,6 +12,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 8.0}
 BASE = {"vocab_size": 101, "hidden": 48, "intermediate": 88, "layers": 2, "heads": 4, "max_positions": 128}
 KINDS = {
     "mha": {},
@@ -21,6 +22,7 @@ KINDS = {
     "stable-untied": {"stable_embedding": True, "kv_heads": 2},
     "llama3-rope": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
     "linear-rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "yarn-rope": {"rope_scaling": YARN, "rope_theta": 500.0},
     "head-dim": {"head_dim": 20, "kv_heads": 2, "norm_eps": 1e-5},
 }
 

@@ -10,7 +10,7 @@ import pytest
 from openllama.config import ModelConfig, from_dict, load
 from openllama.presets import PRESETS
 
-from .models import LLAMA3
+from .models import LLAMA3, YARN
 
 SHAPE = {"vocab_size": 100, "hidden": 64, "intermediate": 96, "layers": 2, "heads": 4}
 
@@ -121,8 +121,27 @@ def test_a_missing_file_is_named(tmp_path):
         ({"rope_theta": float("inf")}, "rope_theta: got inf"),
         ({"init_std": -1.0}, "init_std: got -1"),
         ({"init_std": float("nan")}, "init_std: got nan"),
-        ({"rope_scaling": {}}, "rope_scaling: got rope_type None, takes one of default, linear, llama3"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope_scaling: got rope_type 'yarn'"),
+        (
+            {"rope_scaling": {}},
+            "rope_scaling: got rope_type None, takes one of default, linear, llama3, yarn",
+        ),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope_scaling: got rope_type 'longrope'"),
+        (
+            {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+            "embeddings: got 0, takes a number above 0 for 'yarn'",
+        ),
+        ({"rope_scaling": YARN | {"beta_slow": 9}}, "beta_fast: got 8.0, takes at least beta_slow=9"),
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "beta_fast: got 0.5, takes at least beta_slow=1"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate: got 1, takes True or False for 'yarn'"),
+        ({"rope_scaling": YARN | {"mscale": -1.0}}, "mscale: got -1.0, takes a number of at least 0"),
+        (
+            {"rope_scaling": YARN | {"attention_factor": 0.0}},
+            "attention_factor: got 0.0, takes a number above 0",
+        ),
+        (
+            {"rope_scaling": YARN | {"low_freq_factor": 1.0}},
+            "low_freq_factor: unknown for 'yarn', takes factor, original",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling: factor: got None, takes a number above 0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": float("nan")}}, "rope_scaling: factor: got nan"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2, "beta": 1}}, "beta: unknown for 'linear'"),

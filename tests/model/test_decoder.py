@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from openllama.decoder import Decoder
+from openllama.model import Embedding
 
 from .models import last_logits, make
 
@@ -25,9 +26,9 @@ def near(got, expected, share=1e-5):
 def passes(monkeypatch):
     """Tokens of each pass through the model, from here on."""
     counts = []
-    embedding = torch.nn.Embedding.forward
+    forward = Embedding.forward
     monkeypatch.setattr(
-        torch.nn.Embedding, "forward", lambda self, ids: (counts.append(len(ids)), embedding(self, ids))[1]
+        Embedding, "forward", lambda self, ids: (counts.append(len(ids)), forward(self, ids))[1]
     )
     return counts
 

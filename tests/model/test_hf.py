@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import random
@@ -14,7 +15,7 @@ from openllama.hf import config_from_hf, export_hf, exported_parameter_count, im
 from openllama.model import parameter_count
 from openllama.presets import preset
 
-from .models import BASE, LLAMA3, make
+from .models import BASE, LLAMA3, YARN, make
 
 
 def theirs(folder):
@@ -86,6 +87,15 @@ HF_KINDS = {
     "head-dim": {"head_dim": 20, "num_key_value_heads": 1},
     "llama3-rope": {"rope_parameters": {**LLAMA3, "rope_theta": 500.0}},
     "linear-rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0}},
+    "yarn-rope": {
+        "rope_parameters": {
+            **YARN,
+            "rope_theta": 500.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "truncate": False,
+        }
+    },
 }
 
 
@@ -196,6 +206,22 @@ def test_config_reads_both_forms_of_rope():
     assert (default.rope_theta, default.rope_scaling) == (7.0, None)
 
 
+def test_original_context_of_a_scaling():
+    """Where transformers looks for it: beside rope_scaling, in it, else it is the model's."""
+    plain = hf_config(max_position_embeddings=128, rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    scaled = plain | {"rope_scaling": YARN}
+    for values, expected in (
+        (plain, 128),
+        (scaled, 32),
+        (scaled | {"original_max_position_embeddings": 64}, 64),
+    ):
+        scaling = config_from_hf(values).rope_scaling
+        assert scaling is not None and scaling["original_max_position_embeddings"] == expected
+        config = LlamaConfig(**copy.deepcopy({k: v for k, v in values.items() if k != "rope_parameters"}))
+        config.standardize_rope_params()  # as its model does before it makes the tables
+        assert config.rope_parameters["original_max_position_embeddings"] == expected
+
+
 def test_config_is_what_transformers_reads(kind, tmp_path):
     config = ModelConfig(**(BASE | kind))
     (tmp_path / "config.json").write_text(json.dumps(hf.config_to_hf(config, torch.bfloat16)))
@@ -218,8 +244,8 @@ def test_config_is_what_transformers_reads(kind, tmp_path):
         ({"sliding_window": 4096}, "sliding_window: got 4096, takes None"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: got"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "got rope_type 'yarn', takes one of default, linear",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "got rope_type 'longrope', takes one of default, linear",
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "got rope_type 'dynamic'"),
         (
