@@ -112,7 +112,7 @@ cudaError_t launch(const Rotary& a, cudaStream_t stream) {
   const auto columns = static_cast<unsigned>(std::clamp<int64_t>(ceil_div(a.rotary_dim / 2, N), 1, kThreads));
   const auto heads = static_cast<unsigned>(
       std::clamp<int64_t>(ceil_div(a.rotated, kHeads), 1, std::max(1u, kThreads / columns)));
-  const unsigned tokens = static_cast<unsigned>(ceil_div(kThreads, columns * heads));
+  const auto tokens = static_cast<unsigned>(std::min<int64_t>(ceil_div(kThreads, columns * heads), 64));
   const dim3 block(columns, heads, tokens);
   const auto kernel = a.interleaved ? rotary_kernel<T, N, true> : rotary_kernel<T, N, false>;
   kernel<<<static_cast<unsigned>(ceil_div(a.tokens, tokens)), block, 0, stream>>>(a);

@@ -133,7 +133,7 @@ def encode_exp_avg_sq(v, scale, noise):
 
 @triton.jit
 def load_moments(exp_avg, exp_avg_sq, scales, blocks, block, at, inside):
-    """exp_avg and exp_avg_sq in fp32 of the elements `at` (blocks, 256), whose blocks are `block` (blocks)."""
+    """exp_avg and exp_avg_sq in fp32 of elements `at` (blocks, 256), whose blocks are `block` (blocks)."""
     if exp_avg.dtype.element_ty == tl.uint8:
         there = block < blocks
         m = decode_exp_avg(

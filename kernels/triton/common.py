@@ -33,8 +33,8 @@ def vector(*rows: torch.Tensor | None) -> int:
 
 
 def warps_for(elements: int) -> int:
-    """Warps of a program for 16 elements a thread: two 16-byte accesses of bf16, four of fp32: enough on their
-    way to hide memory's latency, in registers that leave a multiprocessor room for several programs."""
+    """Warps of a program for 16 elements a thread: two 16-byte accesses of bf16, four of fp32: enough on
+    their way to hide memory's latency, in registers that leave a multiprocessor room for several programs."""
     return min(32, max(1, triton.next_power_of_2(elements) // 512))
 
 

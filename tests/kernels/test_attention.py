@@ -38,6 +38,7 @@ def borders_of(rows, device, seed):
 class Heads(Contract):
     sizes = ((4, 2, 16), (1, 1, 8), (6, 1, 40), (3, 3, 64))  # heads, kv_heads, head_dim
     factor = 2.0
+    twin = False
     ulps = 8.0  # PyTorch's fp32 kernel on a GPU
     fuzz_cases = 60
     layout_ulps = 8.0

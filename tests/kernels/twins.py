@@ -53,8 +53,14 @@ def twin(name: str) -> ModuleType:
 
 
 def on(*values: object) -> list:
-    """On the tests' device, strides kept."""
-    return [v.to(DEVICE) if isinstance(v, torch.Tensor) and DEVICE != "cpu" else v for v in values]
+    """On the tests' device, tensors with all that their memory holds."""
+    return [_moved(v) if isinstance(v, torch.Tensor) and DEVICE != "cpu" else v for v in values]
+
+
+def _moved(t: torch.Tensor) -> torch.Tensor:
+    """`to` would lay a slice out anew."""
+    memory = t.untyped_storage().cuda()
+    return torch.empty(0, dtype=t.dtype, device=DEVICE).set_(memory, t.storage_offset(), t.shape, t.stride())
 
 
 if INTERPRETED:
