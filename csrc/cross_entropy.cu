@@ -357,11 +357,13 @@ __global__ void __launch_bounds__(kThreads) held_kernel(CrossEntropy a) {
         for (int n = 0; n < N; ++n) mine.sum += exp_above<T>(held.packs[k][n], base);
     const int turn = count % 2;
     mine = block_logsumexp(mine, turn);
-    if (threadIdx.x == 0) hopper::arrive_expecting(barriers[turn], size * sizeof(uint64_t));
-    if (threadIdx.x < size) hopper::send(blocks[turn][rank], bits_of(mine), barriers[turn], threadIdx.x);
-    hopper::wait(barriers[turn], count / 2 % 2);
-    mine = logsumexp_of(blocks[turn][0]);
-    for (unsigned other = 1; other < size; ++other) mine.merge(logsumexp_of(blocks[turn][other]));
+    if (size > 1) {
+      if (threadIdx.x == 0) hopper::arrive_expecting(barriers[turn], size * sizeof(uint64_t));
+      if (threadIdx.x < size) hopper::send(blocks[turn][rank], bits_of(mine), barriers[turn], threadIdx.x);
+      hopper::wait(barriers[turn], count / 2 % 2);
+      mine = logsumexp_of(blocks[turn][0]);
+      for (unsigned other = 1; other < size; ++other) mine.merge(logsumexp_of(blocks[turn][other]));
+    }
     ++count;
     const float top = mine.base(), log_sum = logf(mine.sum);
     if (thread == 0) write_loss(a, i, top, log_sum, held.at_label);

@@ -26,7 +26,14 @@ def _capped(logits, softcap, CAPPED: tl.constexpr):
     """softcap tanh(logits / softcap), or the logits; fp32."""
     x = logits.to(tl.float32)
     if CAPPED:
-        x = softcap - 2.0 * softcap / (tl.exp(2.0 * x / softcap) + 1.0)
+        t = x / softcap
+        square = t * t
+        # for small t by a polynomial (Cephes' tanhf), as 1 - 2 / (exp(2 t) + 1) would cancel
+        small = square * -5.70498873e-3 + 2.06390888e-2
+        small = small * square - 5.37397156e-2
+        small = small * square + 1.33314422e-1
+        small = small * square - 3.33332819e-1
+        x = softcap * tl.where(square < 0.39, small * square * t + t, 1.0 - 2.0 / (tl.exp(2.0 * t) + 1.0))
     return x
 
 
@@ -81,7 +88,8 @@ def _forward(
     log_sum = tl.log(tl.sum(sums * tl.exp(tops - above), axis=0) + tl.sum(tl.exp(x - above), axis=0))
     at_label = _capped(tl.load(logits + offset + label, mask=valid, other=0.0), softcap, CAPPED)
     s = top + log_sum
-    loss = log_sum - (at_label - top) + z_loss * s * s
+    # not 0 * inf, which is NaN
+    loss = log_sum - (at_label - top) + tl.where(z_loss == 0.0, 0.0, z_loss * s * s)
     other = tl.where(ignored, 0.0, float("nan"))
     return tl.where(valid, loss, other), tl.where(valid, top, other), tl.where(valid, log_sum, other)
 
@@ -104,7 +112,7 @@ def _backward(
 ):  # fmt: skip
     """Writes the gradient of the row at `offset` to the one at `to`; of an ignored row nothing is read."""
     active = ignored == 0
-    z = 2.0 * z_loss * (top + log_sum)
+    z = tl.where(z_loss == 0.0, 0.0, 2.0 * z_loss * (top + log_sum))
     first, groups = _cut(offset, vocab, VECTOR)
     start = (offset + first) // VECTOR * VECTOR
     to_start = (to + first) // TO_VECTOR * TO_VECTOR

@@ -16,6 +16,8 @@ DTYPES = {
     torch.uint8: tl.uint8,
 }
 
+# Pinning memory is not allowed while a CUDA graph is captured: each call leaves room for a table of its size behind.
+_spare: dict[int, torch.Tensor] = {}
 _captured: list[torch.Tensor] = []  # tables of CUDA graphs, which copy them again at each replay
 
 
@@ -39,14 +41,20 @@ def table(chunk: int, unit: int, sizes: Sequence[int], *columns: Sequence[int]) 
 
 
 def to_device(values: list[int], device: torch.device) -> torch.Tensor:
-    """int64, without waiting for the device."""
+    """int64, without waiting for the device. Raises RuntimeError in the capture of a graph before which no list of this
+    length was handed over."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
-    capturing = torch.cuda.is_current_stream_capturing()
-    # pinning memory asks about events, which a capture does not allow
-    host = torch.tensor(values, dtype=torch.int64, pin_memory=not capturing)
-    if capturing:
-        _captured.append(host)
+    if not torch.cuda.is_current_stream_capturing():
+        _spare.setdefault(len(values), torch.empty(len(values), dtype=torch.int64, pin_memory=True))
+        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    if len(values) not in _spare:
+        raise RuntimeError(
+            "openllama: a CUDA graph takes this call after it was made once outside of the graph"
+        )
+    host = _spare.pop(len(values))
+    host.copy_(torch.tensor(values, dtype=torch.int64))
+    _captured.append(host)
     return host.to(device, non_blocking=True)
 
 
