@@ -1,9 +1,8 @@
-// AdamW (Loshchilov and Hutter, 2019) over a list of tensors in one launch, and the global norm of their
-// gradients. Bound by memory: 28 bytes a parameter for fp32 states, 12 and the gradient's for the leanest
-// exact form.
+// AdamW (Loshchilov and Hutter, 2019) over a list of tensors in one launch. Bound by memory: 28 bytes a
+// parameter for fp32 states, 12 and the gradient's for the leanest exact form.
 //
 // The list travels in the kernel's parameters, so that nothing is copied to the device first and a CUDA graph
-// keeps it. Blocks walk over chunks of 2,048 elements, which belong to one tensor each. What may change from
+// keeps it. Blocks walk over chunks, an access or two a thread, which belong to one tensor each. What may change from
 // step to step (learning rate, step number, the gradients' scale) can be read on the device.
 //
 // Exact 16-bit remainder: weight = (bits + 0x8000) >> 16 can be undone with the low 16 bits at hand; rounding

@@ -94,7 +94,8 @@ def adamw(
     lists |= {"masters": masters, "scales": scales}
     lrs, steps = (value if isinstance(value, torch.Tensor) else None for value in (lr, step))
     singles = {"lr": lrs, "step": steps, "grad_scale": grad_scale}
-    checks.in_range("seed", seed, 0, 2**32 - 1, "a whole number from 0 to below 2^32")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed: got {seed!r}, takes a whole number from 0 to below 2^32")
     chosen = _choose(params[0], exp_avgs, masters, backend)
     if firsts is None:
         firsts = [0, *accumulate(p.numel() for p in params[:-1])]
@@ -118,6 +119,9 @@ def adamw(
 
 
 def _choose(param: torch.Tensor, exp_avgs: Tensors, masters: Tensors, backend: str | None) -> str:
+    eight = len(exp_avgs) and getattr(exp_avgs[0], "dtype", None) == torch.uint8
+    if eight and backend is None and backends.FORCED is None:
+        return backends.choose("adamw_8bit", param, None)
     chosen = backends.choose("adamw", param, backend)
     if chosen != "cpu":
         return chosen

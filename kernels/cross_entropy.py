@@ -116,7 +116,7 @@ def check_options(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, takes one of {', '.join(REDUCTIONS)}")
     checks.in_range("z_loss", z_loss, 0, 3e38, "a finite number of at least 0")
-    checks.in_range("softcap", softcap, 0, 3e38, "a finite number above 0, or 0 for none")
+    checks.in_range("softcap", softcap, 0, 1e37, "a number above 0 and at most 1e37, or 0 for none")
 
 
 def check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:

@@ -23,7 +23,8 @@ _PIECE = 2**16  # elements
 def grad_norm(
     grads: Sequence[torch.Tensor], max_norm: float = math.inf, *, backend: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm, scale) of all gradients together, fp32 of no dimension, on their device. Sums are in fp32 (fp64 for fp64).
+    """(norm, scale) of all gradients together, fp32 of no dimension, on their device. Sums are in fp32 (the reference's in
+    fp64 for fp64).
 
     A norm that is not finite gives the scale that arithmetic gives: NaN where the norm is NaN or max_norm infinite too,
     else 0 (and 0 times an infinite gradient is NaN again).

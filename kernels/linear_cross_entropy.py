@@ -67,6 +67,8 @@ def linear_cross_entropy(
     Saves for backward dh (h's dtype) and dW (fp32), which backward only scales, of those that are asked for; with `none`, h
     and weight. dW comes in fp32 where `weight.grad_dtype` is that, else rounded once to weight's dtype.
 
+    The gradients that forward made are used up by the first backward: a second one raises (but for `none`).
+
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, number or reduction. RuntimeError, naming the row: a label
         beyond the vocabulary (on the CPU; a GPU stops with a device assert).
@@ -107,8 +109,8 @@ def _summed(h, weight, labels, weights, count, settings) -> torch.Tensor:
 
 def _check(h: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int | None) -> None:
     checks.is_float("h", h)
-    if h.dim() == 0:
-        raise ValueError("h: got a scalar, takes (..., hidden)")
+    if h.dim() == 0 or h.shape[-1] == 0:
+        raise ValueError(f"h: got shape {tuple(h.shape)}, takes (..., hidden) with hidden of at least 1")
     checks.same_dtype("weight", weight, h.dtype, "h")
     if weight.dim() != 2 or weight.shape[1] != h.shape[-1] or len(weight) == 0:
         raise ValueError(

@@ -250,7 +250,7 @@ def _check_inplace(x: torch.Tensor, dense: bool) -> None:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return
     base = x if x._base is None else x._base
-    several = type(x.grad_fn).__name__.startswith(("Split", "Unbind", "Chunk"))
+    several = _is_one_of_several(x)
     if base.is_leaf or several:
         what = (
             "one of several views, as of split()"
@@ -258,6 +258,22 @@ def _check_inplace(x: torch.Tensor, dense: bool) -> None:
             else "a leaf that requires grad, or a view of one"
         )
         raise ValueError(f"x: got {what}, takes a fresh projection's output when inplace")
+
+
+_VIEWS = ("View", "UnsafeView", "Reshape", "Slice", "Select", "Alias", "Transpose", "Permute", "Unsqueeze", "Squeeze",
+          "Narrow", "Unflatten", "Expand", "AsStrided", "TBackward")  # fmt: skip
+
+
+def _is_one_of_several(x: torch.Tensor) -> bool:
+    """Whether `x` is one of the views that split(), chunk() or unbind() made, or a view of one."""
+    node = x.grad_fn
+    while node is not None and x._base is not None:
+        if type(node).__name__.startswith(("Split", "Unbind", "Chunk")):
+            return True
+        if not type(node).__name__.startswith(_VIEWS) or not node.next_functions:
+            return False
+        node = node.next_functions[0][0]
+    return False
 
 
 def _is_dense(x: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ def scale_(x: torch.Tensor, factor: torch.Tensor, *, backend: str | None = None)
     """Multiplies `x` in place; each product is rounded once.
 
     Args:
-        x: (..., columns), fp32, bf16, fp16 or fp64; any strides.
+        x: (..., columns), fp32, bf16, fp16 or fp64; any strides without overlap.
         factor: one number on x's device, of any float dtype.
         backend: `cuda`, `reference`; None chooses.
 
@@ -31,6 +31,8 @@ def scale_(x: torch.Tensor, factor: torch.Tensor, *, backend: str | None = None)
         raise ValueError(f"factor: got shape {tuple(factor.shape)}, takes one number")
     rows = x.view(1, -1) if x.is_contiguous() else x
     readable = rows.dim() == 2 and (rows.stride(1) == 1 or rows.shape[1] <= 1)
+    if readable and len(rows) > 1 and rows.stride(0) < rows.shape[1]:
+        raise ValueError(f"x: got strides {x.stride()}, takes rows that don't overlap")
     if backends.choose("scale", x, backend) == "cuda" and readable:
         torch.ops.openllama.scale_(rows, factor.float().reshape(1))
         torch.autograd.graph.increment_version(x)

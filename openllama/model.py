@@ -146,7 +146,10 @@ class Llama(nn.Module):
         """Rotary cos and sin on `device`, fp32 whatever the model's dtype is (so no buffers: `.to(bf16)` casts those)."""
         if self._tables is None or self._tables[0].device != device:
             c = self.config
-            self._tables = rotary_tables(c.head_dim, c.max_positions, c.rope_theta, c.rope_scaling, device)
+            with torch.inference_mode(False):  # tensors made in it could never be saved for a backward
+                self._tables = rotary_tables(
+                    c.head_dim, c.max_positions, c.rope_theta, c.rope_scaling, device
+                )
         return self._tables
 
     def hidden_states(

@@ -27,7 +27,10 @@ _OPTIONS = ("moments", "masters", "seed", "capturable")
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW whose state takes 6 to 14 bytes a bf16 parameter, with the parameter itself.
+    """AdamW whose state takes 4.03 to 14 bytes a bf16 parameter, with the parameter itself.
+
+    A master is the truth, and its parameter follows it: set weights from outside before the first step, or clear the
+    state (`optimizer.state.clear()`) after it, or the next step undoes that.
 
     State of a parameter: `step` (a tensor of one fp32 number), `exp_avg`, `exp_avg_sq` and, as the options say,
     `scales` (of 8-bit moments), `master` or `remainder`. State dicts carry all of it, bit for bit.
@@ -96,6 +99,8 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:  # all before the first is stepped
             self._check(group)
         buckets = self._buckets()
+        if grad_scale is not None and any(bucket[0][0].device != grad_scale.device for bucket in buckets):
+            raise ValueError(f"grad_scale: got a tensor on {grad_scale.device}, takes the parameters' device")
         for bucket in buckets:
             self._step(bucket, grad_scale)
         if self.capturable and buckets:
@@ -129,6 +134,8 @@ class AdamW(torch.optim.Optimizer):
                     state = self.state[p]
                     place = index if self.capturable else number
                     if not state:
+                        if not self.capturable or not any(map(self.state.get, group["params"])):
+                            views[place].zero_()  # state that was cleared starts anew
                         self._start(p, state, views[place])
                     elif state["step"] is not views[place]:  # it was loaded, or put there by hand
                         views[place].copy_(state["step"])
@@ -157,6 +164,8 @@ class AdamW(torch.optim.Optimizer):
             raise TypeError(f"params: got a {p.dtype} parameter, takes float32, bfloat16, float16 or float64")
         if hasattr(p, "to_local"):
             raise TypeError("params: got a DTensor, takes plain tensors (one device, or DDP)")
+        if not p.is_contiguous():
+            raise ValueError(f"params: got a parameter with strides {p.stride()}, takes contiguous ones")
         for name, (shape, dtype) in self.layout(p).items():
             state[name] = torch.zeros(shape, dtype=dtype, device=p.device) if name != "step" else step
         if state["exp_avg"].dtype == torch.uint8:
@@ -258,6 +267,9 @@ class AdamW(torch.optim.Optimizer):
             for saved, group in zip(state_dict["param_groups"], self.param_groups):
                 own = zip(saved["params"], group["params"])
                 found = {p: (key, state_dict["state"][key]) for key, p in own if state_dict["state"].get(key)}
+                _check_group(saved)
+                for p, (key, state) in found.items():
+                    _check_saved(f"state of parameter {key}", p, state)
                 self._check_steps(saved["params"], [state["step"] for _, state in found.values()])
                 for p, (key, state) in found.items():
                     new[p] = self.converted(p, state, f"state of parameter {key}")
@@ -325,6 +337,16 @@ class AdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._counts, self._views = None, []
+
+
+def _check_group(saved: dict[str, Any]) -> None:
+    """Raises ValueError for a saved group of another kind of optimizer."""
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        if key not in saved:
+            raise ValueError(f"param_groups: got no {key!r}, takes AdamW's lr, betas, eps and weight_decay")
+    for key in ("maximize", "amsgrad"):
+        if saved.get(key):
+            raise ValueError(f"param_groups: got {key}=True, takes AdamW without it")
 
 
 def _check_saved(name: str, p: torch.Tensor, saved: dict[str, Any]) -> None:

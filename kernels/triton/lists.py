@@ -46,7 +46,8 @@ def to_device(values: list[int], device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     if not torch.cuda.is_current_stream_capturing():
-        _spare.setdefault(len(values), torch.empty(len(values), dtype=torch.int64, pin_memory=True))
+        if len(values) not in _spare:
+            _spare[len(values)] = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
         return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
     if len(values) not in _spare:
         raise RuntimeError(

@@ -100,15 +100,18 @@ def load(place: Path, model: Llama, optimizer: AdamW, rank: int = 0) -> None:
         saved = {key: random.get_tensor(key) for key in random.keys()}  # noqa: SIM118
         got = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
         check_weights(place / WEIGHTS, got, {name: tuple(t.shape) for name, t in own.items()})
+        _check_dtypes(place / WEIGHTS, reader, own)
         _check_optimizer(place / OPTIMIZER, moments, model, optimizer)
         for name, value in own.items():  # detached views of the model's own weights
             value.copy_(reader.get_tensor(name))
-        for (
-            name,
-            p,
-        ) in model.named_parameters():  # one tensor at a time: all of them may not fit into host memory
+        kept = set(moments.keys())
+        for name, p in _stepped(model, optimizer):
+            optimizer.state.pop(p, None)
+            if f"{name}/step" not in kept:
+                continue
+            # One tensor at a time: all of them may not fit into host memory. And copies: on the CPU they would be views of
+            # the file, whose room a removed checkpoint then keeps.
             optimizer.state[p] = {
-                # a copy: on the CPU it would be a view of the file, whose room a removed checkpoint then keeps
                 entry: moments.get_tensor(f"{name}/{entry}").to(
                     "cpu" if entry == "step" else p.device, copy=True
                 )
@@ -128,29 +131,55 @@ def random_state() -> dict[str, torch.Tensor]:
     return state
 
 
+def _stepped(model: Llama, optimizer: AdamW) -> list[tuple[str, torch.nn.Parameter]]:
+    """The model's parameters that the optimizer has, by name."""
+    own = {p for group in optimizer.param_groups for p in group["params"]}
+    return [(name, p) for name, p in model.named_parameters() if p in own]
+
+
 def _optimizer_tensors(model: Llama, optimizer: AdamW) -> dict[str, torch.Tensor]:
-    """The optimizer's state by parameter name: `layers.0.mlp.w_down.weight/exp_avg`."""
+    """The optimizer's state by parameter name: `layers.0.mlp.w_down.weight/exp_avg`. None of one without a step so far."""
     return {
-        f"{name}/{key}": value.detach().contiguous()
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state[p].items()
+        # step counts are views of one tensor, which safetensors does not take
+        f"{name}/{key}": value.detach().clone() if key == "step" else value.detach().contiguous()
+        for name, p in _stepped(model, optimizer)
+        for key, value in optimizer.state.get(p, {}).items()
     }
 
 
-#: safetensors' names of what an optimizer's state is in.
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8, "I16": torch.int16}
+#: safetensors' names of what weights and an optimizer's state are in.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+}
+
+
+def _dtype(reader: Any, key: str) -> Any:
+    name = reader.get_slice(key).get_dtype()
+    return _DTYPES.get(name, name)
+
+
+def _check_dtypes(path: Path, reader: Any, own: dict[str, torch.Tensor]) -> None:
+    for name, value in own.items():
+        if (got := _dtype(reader, name)) != value.dtype:
+            raise ValueError(
+                f"{path}: {name}: got {got}, takes {value.dtype}; resume with the dtype it was made with"
+            )
 
 
 def _check_optimizer(path: Path, reader: Any, model: Llama, optimizer: AdamW) -> None:
+    got = {key: (tuple(reader.get_slice(key).get_shape()), _dtype(reader, key)) for key in reader.keys()}  # noqa: SIM118
+    seen = {key.rpartition("/")[0] for key in got}
     expected = {
         f"{name}/{entry}": what
-        for name, p in model.named_parameters()
+        for name, p in _stepped(model, optimizer)
+        if name in seen
         for entry, what in optimizer.layout(p).items()
     }
-    got = {}
-    for key in reader.keys():  # noqa: SIM118
-        entry = reader.get_slice(key)
-        got[key] = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype(), entry.get_dtype())
     if got == expected:
         return
     wrong = min(key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key))

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -77,11 +79,25 @@ def card(monkeypatch):
         ((12, 0), 14020, ""),
     ],
 )
-def test_a_card_or_driver_that_cannot_run_the_kernels(card, capability, driver, reason):
+def test_a_card_or_driver_that_cannot_run_the_kernels(card, monkeypatch, capability, driver, reason):
     card(capability, driver)
     assert backend.why_not("rms_norm", "cuda", torch.device("cuda", 0), F32, 64) == reason
+    monkeypatch.setattr(backend, "_HAS_TRITON", capability < (8, 0) or not reason)
     used = backend.explain("rms_norm", torch.device("cuda"), F32, 64).backend
     assert used == ("reference" if reason else "cuda")
+
+
+def test_triton_serves_where_the_library_has_no_cuda(card, monkeypatch):
+    card((8, 0), 13000)
+    monkeypatch.setattr(library, "has_cuda", False)
+    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    choice = backend.explain("swiglu", torch.device("cuda"), F32)
+    assert choice == ("triton", (("cuda", "the library was built without CUDA (no nvcc)"),))
+    assert (
+        backend.why_not("swiglu", "triton", torch.device("cuda"), torch.float64) == "no torch.float64 kernel"
+    )
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    assert backend.explain("swiglu", torch.device("cuda"), F32).backend == "reference"
 
 
 def test_asking_a_card_does_not_break_a_graph(monkeypatch):
@@ -120,6 +136,25 @@ def test_choice_is_what_explain_says(name):
             backend.choose(name, torch.empty(0, dtype=dtype), None)
             == backend.explain(name, CPU, dtype).backend
         )
+
+
+def test_the_table_prefers_what_was_measured_to_be_faster():
+    """The chosen one of ours takes at most a tenth more than the other, over the shapes of each stored benchmark of a GPU."""
+    times = defaultdict(dict)
+    for path in (KERNELS.parent / "benchmarks" / "results").glob("ops-nvidia*.json"):
+        run = json.loads(path.read_text())
+        for row in run["rows"]:
+            if row["impl"].startswith("ours:") and row["ms"]:
+                times[run["device"], row["bench"], str(row["shape"])][row["impl"][5:]] = row["ms"]
+    ratios = defaultdict(list)
+    for (device, bench, _), both in times.items():
+        if {"cuda", "triton"} <= both.keys():
+            op = max((op for op in backend.TABLE if bench.startswith(op)), key=len)
+            first, second, *_ = backend.TABLE["adamw_8bit" if bench == "adamw_lean" else op]
+            ratios[device, bench].append(both[first] / both[second])
+    assert ratios
+    for key, values in ratios.items():
+        assert statistics.geometric_mean(values) <= 1.1, (key, values)
 
 
 X, W = torch.ones(2, 4), torch.ones(4)

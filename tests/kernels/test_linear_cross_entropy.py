@@ -288,7 +288,7 @@ H, W, Y = torch.zeros(4, 8), torch.zeros(7, 8), torch.zeros(4, dtype=torch.long)
     "arguments, options, error, message",
     [
         ((H.int(), W, Y), {}, TypeError, "h: got torch.int32"),
-        ((H[0, 0], W, Y), {}, ValueError, "h: got a scalar"),
+        ((H[0, 0], W, Y), {}, ValueError, r"h: got shape \(\), takes"),
         ((H, W.bfloat16(), Y), {}, TypeError, "weight: got torch.bfloat16, takes h's torch.float32"),
         ((H, W.t(), Y), {}, ValueError, r"weight: got shape \(8, 7\), takes \(vocab, 8\)"),
         ((H, W[:0], Y), {}, ValueError, r"weight: got shape \(0, 8\)"),

@@ -202,3 +202,47 @@ def test_bad_betas_and_sparse_gradients_are_named():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="grad: got a sparse gradient"):
         AdamW(embedding.parameters()).step()
+
+
+@pytest.mark.parametrize("capturable", (False, True))
+def test_cleared_state_starts_anew(capturable):
+    p = nn.Parameter(torch.ones(4))
+    optimizer = AdamW([p], lr=1.0, weight_decay=0.0, capturable=capturable)
+    for _ in range(5):
+        p.grad = torch.ones(4)
+        optimizer.step()
+    optimizer.state.clear()
+    before = p.detach().clone()
+    optimizer.step()
+    assert int(optimizer.state[p]["step"]) == 1
+    near(p.detach(), before - 1, 4)  # the first step of AdamW has the size lr
+
+
+def test_a_parameter_that_cannot_be_stepped_stops_all():
+    """Of another dtype, so that it would come in a call of its own, after the first's."""
+    good, bad = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 3, dtype=BF16).T)
+    for p in (good, bad):
+        p.grad = torch.ones_like(p)
+    optimizer = AdamW([good, bad])
+    with pytest.raises(ValueError, match=r"params: got a parameter with strides \(1, 3\)"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="grad_scale: got a tensor on meta"):
+        AdamW([good]).step(grad_scale=torch.ones(1, device="meta"))
+    assert torch.equal(good, torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: torch.optim.SGD(p, momentum=0.9), "param_groups: got no 'betas'"),
+        (lambda p: torch.optim.SGD(p), "param_groups: got no 'betas'"),
+        (lambda p: torch.optim.AdamW(p, maximize=True), "param_groups: got maximize=True"),
+    ],
+)
+def test_state_of_another_optimizer_is_named(make, message):
+    net = model()
+    theirs, ours = make(net.parameters()), AdamW(net.parameters(), lr=0.5)
+    train(net, theirs, schedule(theirs), 1)
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(theirs.state_dict())
+    assert not ours.state and ours.param_groups[0]["lr"] == 0.5

@@ -222,10 +222,11 @@ def test_in_place_refuses_before_it_writes():
     x, constants = example()
     leaf = x.clone().requires_grad_()
     parts = (leaf * 1).split([6], dim=1)
-    for refused in (leaf, leaf.view(9, 6, 16), parts[0], x[:1].expand(9, 6, 16)):
+    for refused in (leaf, leaf.view(9, 6, 16), parts[0], parts[0][:8], x[:1].expand(9, 6, 16)):
         before = refused.detach().clone()
+        positions = constants[2][: len(refused)]
         with pytest.raises(ValueError, match=r"x: got .* when inplace"):
-            rotary(refused, *constants, inplace=True)
+            rotary(refused, *constants[:2], positions, *constants[3:], inplace=True)
         assert torch.equal(refused, before)
     with torch.no_grad():
         rotary(leaf, *constants, inplace=True)
