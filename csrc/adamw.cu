@@ -2,8 +2,8 @@
 // parameter for fp32 states, 12 and the gradient's for the leanest exact form.
 //
 // The list travels in the kernel's parameters, so that nothing is copied to the device first and a CUDA graph
-// keeps it. Blocks walk over chunks, an access or two a thread, which belong to one tensor each. What may change from
-// step to step (learning rate, step number, the gradients' scale) can be read on the device.
+// keeps it. Blocks walk over chunks, an access or two a thread, which belong to one tensor each. What may
+// change from step to step (learning rate, step number, the gradients' scale) can be read on the device.
 //
 // Exact 16-bit remainder: weight = (bits + 0x8000) >> 16 can be undone with the low 16 bits at hand; rounding
 // ties to even could not. Moments of 16 and 8 bits are rounded stochastically: an exponential average's steps
