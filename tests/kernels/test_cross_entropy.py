@@ -245,7 +245,7 @@ X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.long)
             (X, Y),
             {"softcap": -1.0},
             ValueError,
-            "softcap: got -1.0, takes a finite number above 0, or 0 for none",
+            "softcap: got -1.0, takes a number above 0 and at most 1e37, or 0 for none",
         ),
         ((X, Y), {"softcap": float("nan")}, ValueError, "softcap: got nan"),
         (
