@@ -137,9 +137,14 @@ def draw(runs: list[dict[str, Any]]) -> None:
 
 
 def save(figure: Any, name: str) -> None:
+    import matplotlib
+
     DOCS.mkdir(exist_ok=True)
     for suffix in (".svg", ".png"):
-        figure.savefig((DOCS / name).with_suffix(suffix), dpi=130)
+        # no date and no random names: the same figures give the same file
+        metadata = {"Date": None} if suffix == ".svg" else None
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            figure.savefig((DOCS / name).with_suffix(suffix), dpi=130, metadata=metadata)
 
 
 def short_device(name: str) -> str:

@@ -2,9 +2,10 @@
 // writes their gradient over them. Bound by memory. The formulas are with CrossEntropy in ops.h.
 //
 // A row of a large vocabulary (256 KB at 128,000 in bf16) fits no block's registers. On Hopper a cluster of
-// up to eight blocks takes it and holds it there between the sum and the gradient; two or three clusters
-// share their processors, so that one loads while another computes. Elsewhere, and where rows can't be held,
-// a block reads the row twice; the second time much of it is still in L2.
+// up to eight blocks takes it and holds it there between the sum and the gradient, with the next row on its
+// way. The blocks send each other their parts of the sum by st.async: a cluster barrier would wait for the
+// last row's stores. Elsewhere, and where rows can't be held, a block reads the row twice; the second time
+// much of it is still in L2.
 #include <cooperative_groups.h>
 
 #include <climits>
