@@ -48,8 +48,7 @@ struct Cap {
   }
 };
 
-// exp(l - top). `top` in log2: the product's rounding is the same for all of a row, and cancels in the
-// softmax.
+// exp(l - top). The rounding of top * log2(e) is the same for all of a row, and cancels in the softmax.
 template <class T>
 __device__ __forceinline__ float exp_above(float l, float top) {
   return sizeof(T) == 4 ? expf(l - top) : fast_exp2(fmaf(l, kLog2e, -top * kLog2e));

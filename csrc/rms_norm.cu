@@ -2,10 +2,10 @@
 //
 // A row waits in registers (backward: in shared memory) between its two uses, so that it is read from memory
 // once, and the next row is on its way while one is summed. It takes a few lanes of a warp (qk-norm's 64 or
-// 128 columns), a warp, or as many warps as give each thread four accesses of 16 bytes. Blocks walk over
-// rows. In backward a block fills its processor, and each of its threads keeps its columns of dweight in
-// registers: so there are as few partial sums as processors. A second kernel adds them in a fixed order, so
-// that every run gives the same bits.
+// 128 columns), a warp, or as many warps as give each thread two or four accesses of 16 bytes. Blocks
+// walk over rows. In backward a block fills its processor, and each of its threads keeps its columns of
+// dweight in registers: so there are as few partial sums as processors. A second kernel adds them in a fixed
+// order, so that every run gives the same bits.
 //
 // Rows that do not lie on 16 bytes, or are longer than that, go element by element and are read twice.
 #include <climits>
@@ -15,13 +15,13 @@
 namespace openllama::cuda {
 namespace {
 
-constexpr int kPacks = 4;         // accesses of a thread to a row, where a warp or more takes it
+constexpr int kPacks = 4;         // accesses of a thread to a row, at most
 constexpr int kMaxThreads = 512;  // of a row
 constexpr int kFwdThreads = 128;  // of a block that takes several rows
 constexpr int kBwdThreads = 640;  // of a block, at most: with up to 102 registers each they fill a processor
 constexpr int kMaxRows = 15;      // of a block whose rows take several warps: as many barriers as there are
 constexpr int kStages = 2;        // rows of backward on their way or in work
-constexpr int kShortRow = 4 * 1024;  // bytes, as is
+constexpr int kShortRow = 4 * 1024;  // bytes of a row, up to which two accesses do
 constexpr int kLongRow = 16 * 1024;
 constexpr int kLooseThreads = 512;     // of a row that goes element by element
 constexpr int kMaxShared = 64 * 1024;  // then: 16,384 columns of dweight

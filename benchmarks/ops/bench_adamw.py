@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.optim.adamw import adamw as torch_adamw
 
-import openllama.kernels.grad_norm  # noqa: F401  an op has its Triton twin once its module is imported
 from benchmarks.ops.implementations import ours
 from benchmarks.ops.timing import DEVICE, random
 from openllama.kernels import adamw_forms

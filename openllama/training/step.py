@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from openllama.data.loader import Batch
-from openllama.kernels.grad_norm import grad_norm
+from openllama.ops import grad_norm
 from openllama.optim import AdamW
 from openllama.training.ranks import Ranks
 

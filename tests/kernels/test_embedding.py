@@ -102,18 +102,18 @@ def test_an_id_outside_is_named(wrong):
         embedding(ids, random((IDS, 16), F32, "cpu", 0))
 
 
-W, I = torch.zeros(7, 4), torch.zeros(3, dtype=torch.long)  # noqa: E741
+WEIGHT, SOME_IDS = torch.zeros(7, 4), torch.zeros(3, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
     "arguments, options, error, message",
     [
-        ((I.float(), W), {}, TypeError, "ids: got torch.float32, takes int32 or int64"),
-        (([0, 1], W), {}, TypeError, "ids: got list, takes a tensor"),
-        ((I, W.long()), {}, TypeError, "weight: got torch.int64"),
-        ((I, W[0]), {}, ValueError, r"weight: got shape \(4,\), takes \(vocab, hidden\)"),
-        ((I, W.to("meta")), {}, ValueError, "ids: got a tensor on cpu, takes weight's meta"),
-        ((I, W), {"backend": "cpu"}, ValueError, "embedding has no cpu kernel"),
+        ((SOME_IDS.float(), WEIGHT), {}, TypeError, "ids: got torch.float32, takes int32 or int64"),
+        (([0, 1], WEIGHT), {}, TypeError, "ids: got list, takes a tensor"),
+        ((SOME_IDS, WEIGHT.long()), {}, TypeError, "weight: got torch.int64"),
+        ((SOME_IDS, WEIGHT[0]), {}, ValueError, r"weight: got shape \(4,\), takes \(vocab, hidden\)"),
+        ((SOME_IDS, WEIGHT.to("meta")), {}, ValueError, "ids: got a tensor on cpu, takes weight's meta"),
+        ((SOME_IDS, WEIGHT), {"backend": "cpu"}, ValueError, "embedding has no cpu kernel"),
     ],
 )
 def test_bad_input_is_named(arguments, options, error, message):

@@ -153,9 +153,8 @@ def test_every_cuda_source_compiles_without_spills(tmp_path):
     running = []
     for source, command in commands:
         command = [w for w in command if w not in ("-MMD", "-MF") and not w.endswith(".o.d")]
-        if not source.startswith(
-            "hopper/"
-        ):  # cards of 8.9 run sm_80's code; theirs would have to fit as well
+        if not source.startswith("hopper/"):
+            # Cards of 8.9 run sm_80's code: code of their own would have to fit as well.
             command.append("-gencode=arch=compute_89,code=sm_89")
         command[command.index("-o") + 1] = str(tmp_path / f"{source.replace('/', '.')}.o")
         running.append(
