@@ -109,20 +109,6 @@ __device__ __forceinline__ Vec<T, N> load(const T* from) {
   return *reinterpret_cast<const Vec<T, N>*>(from);
 }
 
-// What is read once: it passes L1 by, which is left to weights and tables.
-template <int N, class T>
-__device__ __forceinline__ Vec<T, N> stream(const T* from) {
-  if constexpr (N * sizeof(T) == 16) {
-    uint4 bits;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                 : "l"(from));
-    return *reinterpret_cast<Vec<T, N>*>(&bits);
-  } else {
-    return load<N>(from);
-  }
-}
-
 template <class T, int N>
 __device__ __forceinline__ void store(T* to, const Vec<T, N>& v) {
   *reinterpret_cast<Vec<T, N>*>(to) = v;
@@ -156,20 +142,22 @@ __device__ __forceinline__ float warp_max(float v) {
 }
 
 // Sums over the threads of equal threadIdx.y, which are whole warps, one after the other, each at the price
-// of one barrier among them. At most 15 such rows a block.
+// of one barrier among them. `several`: such rows to a block, 15 at most. A kernel that names barriers by a
+// number is given all 16, and a processor has 64: elsewhere that would leave it four blocks.
+template <bool several>
 struct RowSum {
   float warps[2][32];  // two, as a slow warp may still read one sum when the next one is written
 
   // Every thread gets the sum of its row's v; `turn` is 0, 1, 0, 1, ... from call to call.
   __device__ __forceinline__ float operator()(float v, int turn) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = blockDim.x / 32;
-    float* row = warps[turn] + threadIdx.y * count;
+    float* row = warps[turn] + (several ? threadIdx.y * count : 0);
     v = warp_sum(v);
     if (lane == 0) row[warp] = v;
-    if (blockDim.y == 1)
-      __syncthreads();
-    else
+    if constexpr (several)
       asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+    else
+      __syncthreads();
     return warp_sum(lane < count ? row[lane] : 0.0f);
   }
 };

@@ -23,7 +23,7 @@ struct Columns {
 #pragma unroll
     for (int k = 0; k < kColumns / kPack<T>; ++k) {
       if (whole) {
-        packs[k] = stream<kPack<T>>(row + c + k * kPack<T>);
+        packs[k] = load<kPack<T>>(row + c + k * kPack<T>);
       } else {
         float v[kPack<T>];
 #pragma unroll

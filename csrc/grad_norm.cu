@@ -35,7 +35,7 @@ __device__ float chunk_sum(const GradNormTensor& t, int64_t chunk) {
   if (t.packs && end - begin == chunk_of(sizeof(T))) {
     Vec<T, N> v[kPacks];
 #pragma unroll
-    for (int k = 0; k < kPacks; ++k) v[k] = stream<N>(grad + begin + (k * kThreads + threadIdx.x) * N);
+    for (int k = 0; k < kPacks; ++k) v[k] = load<N>(grad + begin + (k * kThreads + threadIdx.x) * N);
 #pragma unroll
     for (int k = 0; k < kPacks; ++k)
 #pragma unroll
@@ -50,7 +50,7 @@ __device__ float chunk_sum(const GradNormTensor& t, int64_t chunk) {
 // Adds to `partial`, or starts it.
 __global__ void __launch_bounds__(kThreads)
     squares_kernel(const __grid_constant__ Table table, float* partial, bool first) {
-  __shared__ RowSum sums;
+  __shared__ RowSum<false> sums;
   float sum = 0;
   int at = 0;
   for (uint32_t chunk = blockIdx.x; chunk < table.first_chunk[table.count]; chunk += gridDim.x) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kBlocks) norm_kernel(const float* partial, float max_norm, float* out) {
-  __shared__ RowSum sums;
+  __shared__ RowSum<false> sums;
   wait_for_last_kernel();
   const float norm = sqrtf(sums(partial[threadIdx.x], 0));
   if (threadIdx.x) return;

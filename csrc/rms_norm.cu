@@ -1,11 +1,11 @@
 // RMSNorm (Zhang and Sennrich, 2019), forward and backward, with the residual add fused in. Bound by memory.
 //
-// A row waits in registers (backward: in shared memory) between its two uses, so that it is read from memory
-// once, and the next row is on its way while one is summed. It takes a few lanes of a warp (qk-norm's 64 or
-// 128 columns), a warp, or as many warps as give each thread two or four accesses of 16 bytes. Blocks
-// walk over rows. In backward a block fills its processor, and each of its threads keeps its columns of
-// dweight in registers: so there are as few partial sums as processors. A second kernel adds them in a fixed
-// order, so that every run gives the same bits.
+// A row waits in registers between its two uses, so that it is read from memory once. It takes a few lanes of
+// a warp (qk-norm's 64 or 128 columns), a warp, or as many warps as give each thread two or four accesses of
+// 16 bytes. Forward's blocks take a row, or some where rows are short. Backward's walk over rows, with the
+// next ones on their way to shared memory: a block fills its processor, and each of its threads keeps its
+// columns of dweight in registers, so that there are as few partial sums as processors. A second kernel adds
+// them in a fixed order, so that every run gives the same bits.
 //
 // Rows that do not lie on 16 bytes, or are longer than that, go element by element and are read twice.
 #include <climits>
@@ -15,14 +15,14 @@
 namespace openllama::cuda {
 namespace {
 
-constexpr int kPacks = 4;         // accesses of a thread to a row, at most
-constexpr int kMaxThreads = 512;  // of a row
-constexpr int kFwdThreads = 128;  // of a block that takes several rows
-constexpr int kBwdThreads = 640;  // of a block, at most: with up to 102 registers each they fill a processor
-constexpr int kMaxRows = 15;      // of a block whose rows take several warps: as many barriers as there are
-constexpr int kStages = 2;        // rows of backward on their way or in work
-constexpr int kShortRow = 4 * 1024;  // bytes of a row, up to which two accesses do
-constexpr int kLongRow = 16 * 1024;
+constexpr int kPacks = 4;          // accesses of a thread to a row, at most
+constexpr int kMaxThreads = 512;   // of a row
+constexpr int kFwdThreads = 128;   // of a block that takes several rows
+constexpr int kBwdThreads = 1024;  // of a block, at most; where a thread has kPacks accesses, half of them
+constexpr int kMaxRows = 15;       // of a block whose rows take several warps: as many barriers as there are
+constexpr int kStages = 2;         // rows of backward on their way or in work
+constexpr int kFwdShortRow = 8 * 1024;  // bytes of a row, up to which two accesses do
+constexpr int kBwdShortRow = 16 * 1024;
 constexpr int kLooseThreads = 512;     // of a row that goes element by element
 constexpr int kMaxShared = 64 * 1024;  // then: 16,384 columns of dweight
 
@@ -43,70 +43,61 @@ struct Row {
     const T* from = static_cast<const T*>(base) + offset;
 #pragma unroll
     for (int k = 0; k < P; ++k)
-      if (column<T>(k) < hidden) packs[k] = stream<kPack<T>>(from + column<T>(k));
+      if (column<T>(k) < hidden) packs[k] = load<kPack<T>>(from + column<T>(k));
   }
 };
 
 // Sum over the threads of a row: some lanes of a warp, or several warps.
-__device__ __forceinline__ float row_sum(float v, RowSum& sums, int turn) {
+template <bool several>
+__device__ __forceinline__ float row_sum(float v, RowSum<several>& sums, int turn) {
   return blockDim.x <= 32 ? warp_sum(v, blockDim.x) : sums(v, turn);
 }
 
 template <class T, class W, int P, bool residual>
-__global__ void __launch_bounds__(P == 1 ? kFwdThreads : kMaxThreads, P == 1 ? 10 : 1)
-    fwd_kernel(RmsNormFwd a) {
+__global__ void __launch_bounds__(P == 1 ? kFwdThreads : kMaxThreads) fwd_kernel(RmsNormFwd a) {
   constexpr int N = kPack<T>;
-  __shared__ RowSum sums;
+  __shared__ RowSum<false> sums;
   const int hidden = static_cast<int>(a.hidden);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool here = i < a.rows;  // the last rows of a block that takes several
+  Row<T, P> h, residual_row;
   Vec<W, N> weight[P];
+  if (here) {
+    h.load_from(a.x, i * a.x_stride, hidden);
+    if constexpr (residual) residual_row.load_from(a.residual, i * a.residual_stride, hidden);
+  }
 #pragma unroll
   for (int k = 0; k < P; ++k)
     if (column<T>(k) < hidden) weight[k] = load<N>(static_cast<const W*>(a.weight) + column<T>(k));
-  Row<T, P> x, r;
-  const auto fetch = [&](int64_t i) {
-    if (i >= a.rows) return;
-    x.load_from(a.x, i * a.x_stride, hidden);
-    if constexpr (residual) r.load_from(a.residual, i * a.residual_stride, hidden);
-  };
-  int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  fetch(i);
-  int turn = 0;
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.y; base < a.rows; base += step, i += step) {
-    const bool here = i < a.rows;  // the last rows of a block that takes several
-    Row<T, P> h = x;
-    float sum = 0;
+  float sum = 0;
 #pragma unroll
-    for (int k = 0; k < P; ++k) {
-      if (column<T>(k) >= hidden || !here) continue;
-      if constexpr (residual) {
-        float v[N];
+  for (int k = 0; k < P; ++k) {
+    if (column<T>(k) >= hidden || !here) continue;
+    if constexpr (residual) {
+      float v[N];
 #pragma unroll
-        for (int n = 0; n < N; ++n) v[n] = x.packs[k][n] + r.packs[k][n];
-        h.packs[k] = Vec<T, N>::of(v);  // what the readers of h will see
-        store(static_cast<T*>(a.h) + i * a.hidden + column<T>(k), h.packs[k]);
-      }
-#pragma unroll
-      for (int n = 0; n < N; ++n) sum += h.packs[k][n] * h.packs[k][n];
+      for (int n = 0; n < N; ++n) v[n] = h.packs[k][n] + residual_row.packs[k][n];
+      h.packs[k] = Vec<T, N>::of(v);  // what the readers of h will see
+      store(static_cast<T*>(a.h) + i * a.hidden + column<T>(k), h.packs[k]);
     }
-    fetch(i + step);
-    // not rsqrtf, which is off by up to 2 ulps: this is once a row
-    const float rstd = 1.0f / sqrtf(row_sum(sum, sums, turn) / static_cast<float>(hidden) + a.eps);
-    turn ^= 1;
-    if (!here) continue;
-    if (threadIdx.x == 0) a.rstd[i] = rstd;
 #pragma unroll
-    for (int k = 0; k < P; ++k) {
-      if (column<T>(k) >= hidden) continue;
-      float y[N];
+    for (int n = 0; n < N; ++n) sum += h.packs[k][n] * h.packs[k][n];
+  }
+  // not rsqrtf, which is off by up to 2 ulps: this is once a row
+  const float rstd = 1.0f / sqrtf(row_sum(sum, sums, 0) / static_cast<float>(hidden) + a.eps);
+  if (!here) return;
+  if (threadIdx.x == 0) a.rstd[i] = rstd;
 #pragma unroll
-      for (int n = 0; n < N; ++n) y[n] = h.packs[k][n] * rstd * weight[k][n];
-      store(static_cast<T*>(a.y) + i * a.hidden + column<T>(k), Vec<T, N>::of(y));
-    }
+  for (int k = 0; k < P; ++k) {
+    if (column<T>(k) >= hidden) continue;
+    float y[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) y[n] = h.packs[k][n] * rstd * weight[k][n];
+    store(static_cast<T*>(a.y) + i * a.hidden + column<T>(k), Vec<T, N>::of(y));
   }
 }
 
-// The inputs of backward wait in shared memory for their turn: in registers there is no room beside dweight.
+// The inputs of backward come through shared memory: for the next rows there is no room in registers.
 // Each thread copies and reads its own columns only, so that it has nothing to wait for but its own copies.
 template <class T, int P>
 struct Stage {
@@ -139,10 +130,10 @@ __device__ void write_dweight(const RmsNormBwd& a, const float* rows) {
 }
 
 template <class T, class W, int P>
-__global__ void __launch_bounds__(kBwdThreads) bwd_kernel(RmsNormBwd a) {
+__global__ void __launch_bounds__(P < kPacks ? kBwdThreads : kBwdThreads / 2) bwd_kernel(RmsNormBwd a) {
   constexpr int N = kPack<T>;
   extern __shared__ uint4 shared[];  // the stages, and at the end the rows of dweight
-  __shared__ RowSum sums;
+  __shared__ RowSum<true> sums;
   const int hidden = static_cast<int>(a.hidden);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   const Stage<T, P> stage{shared + threadIdx.y * blockDim.x + threadIdx.x, a.dh ? 3 : 2};
@@ -166,27 +157,27 @@ __global__ void __launch_bounds__(kBwdThreads) bwd_kernel(RmsNormBwd a) {
     if (i + step < a.rows) next_rstd = a.rstd[i + step];
     fetch(i + step, turn ^ 1);
     copies_wait<1>();
+    Vec<T, N> dy[P], h[P];
     float dot = 0;
 #pragma unroll
     for (int k = 0; k < P; ++k) {
       if (column<T>(k) >= hidden || !here) continue;
-      const auto dy = stage.read(turn, 0, k), h = stage.read(turn, 1, k);
+      dy[k] = stage.read(turn, 0, k), h[k] = stage.read(turn, 1, k);
       const auto w = load<N>(weight + column<T>(k));
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        dot += dy[n] * w[n] * h[n];
-        dweight[k][n] += dy[n] * (h[n] * rstd);
+        dot += dy[k][n] * w[n] * h[k][n];
+        dweight[k][n] += dy[k][n] * (h[k][n] * rstd);
       }
     }
     const float scale = row_sum(dot, sums, turn) * rstd * rstd * rstd / static_cast<float>(hidden);
 #pragma unroll
     for (int k = 0; k < P; ++k) {
       if (column<T>(k) >= hidden || !here || !a.dx) continue;
-      const auto dy = stage.read(turn, 0, k), h = stage.read(turn, 1, k);
       const auto w = load<N>(weight + column<T>(k));
       float dx[N];
 #pragma unroll
-      for (int n = 0; n < N; ++n) dx[n] = dy[n] * w[n] * rstd - h[n] * scale;
+      for (int n = 0; n < N; ++n) dx[n] = dy[k][n] * w[n] * rstd - h[k][n] * scale;
       if (a.dh) {
         const auto dh = stage.read(turn, 2, k);
 #pragma unroll
@@ -212,7 +203,7 @@ __global__ void __launch_bounds__(kBwdThreads) bwd_kernel(RmsNormBwd a) {
 
 template <class T, class W>
 __global__ void __launch_bounds__(kLooseThreads) loose_fwd_kernel(RmsNormFwd a) {
-  __shared__ RowSum sums;
+  __shared__ RowSum<false> sums;
   const int64_t i = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
   T* y = static_cast<T*>(a.y) + i * a.hidden;
@@ -237,7 +228,7 @@ __global__ void __launch_bounds__(kLooseThreads) loose_fwd_kernel(RmsNormFwd a) 
 template <class T, class W>
 __global__ void __launch_bounds__(kLooseThreads) loose_bwd_kernel(RmsNormBwd a) {
   extern __shared__ float dweight[];  // (hidden): each thread touches its own columns only
-  __shared__ RowSum sums;
+  __shared__ RowSum<false> sums;
   const W* weight = static_cast<const W*>(a.weight);
   if (a.dweight)
     for (int64_t c = threadIdx.x; c < a.hidden; c += blockDim.x) dweight[c] = 0;
@@ -298,10 +289,13 @@ bool on_16_bytes(const RmsNormBwd& a) {
 }
 
 // Accesses of a thread to a row: few to a short one, whose block would else be too small to hide its sum.
-template <class Args>
-int row_packs(const Args& a) {
-  const int64_t packs = a.hidden * size_of(a.dtype) / 16;
-  return packs <= 32 ? 1 : packs <= kShortRow / 16 ? 2 : kPacks;
+int row_packs(const RmsNormFwd& a) {
+  const int64_t bytes = a.hidden * size_of(a.dtype);
+  return bytes <= 32 * 16 ? 1 : bytes <= kFwdShortRow ? 2 : kPacks;
+}
+int row_packs(const RmsNormBwd& a) {
+  const int64_t bytes = a.hidden * size_of(a.dtype);
+  return bytes <= 32 * 16 ? 1 : bytes <= kBwdShortRow ? 2 : kPacks;
 }
 
 // Threads of a row, in accesses of 16 bytes; 0 where rows must go element by element.
@@ -345,9 +339,10 @@ struct BwdPlan {
 
 // Rows of a block: a power of two, which measured better than what fills it; 0 where shared memory is too
 // small for one.
-unsigned bwd_rows(unsigned threads, int64_t stage, int64_t most) {
+unsigned bwd_rows(unsigned threads, int packs, int64_t stage, int64_t most) {
+  const unsigned most_threads = packs < kPacks ? kBwdThreads : kBwdThreads / 2;
   unsigned rows = 1;
-  while (2 * rows * threads <= kBwdThreads && (threads <= 32 || 2 * rows <= kMaxRows)) rows *= 2;
+  while (2 * rows * threads <= most_threads && (threads <= 32 || 2 * rows <= kMaxRows)) rows *= 2;
   while (rows * stage > most) rows /= 2;
   return rows;
 }
@@ -356,11 +351,11 @@ cudaError_t plan_bwd(const RmsNormBwd& a, BwdPlan& plan) {
   int device = 0, most = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  most -= sizeof(RowSum);
+  most -= sizeof(RowSum<true>);
   const unsigned threads = row_threads(a);
   const int packs = row_packs(a);
   const int64_t stage = int64_t{kStages} * (a.dh ? 3 : 2) * packs * sizeof(uint4) * threads;
-  const unsigned rows = threads ? bwd_rows(threads, stage, most) : 0;
+  const unsigned rows = threads ? bwd_rows(threads, packs, stage, most) : 0;
   const cudaError_t error = with_dtypes(a, [&](auto t, auto w) {
     using T = decltype(t);
     using W = decltype(w);
@@ -391,12 +386,7 @@ cudaError_t rms_norm_fwd(const RmsNormFwd& a, cudaStream_t stream) {
     const auto kernel = with_packs(
         a, [&](auto p) { return a.residual ? fwd_kernel<T, W, p, true> : fwd_kernel<T, W, p, false>; });
     const dim3 block(threads, threads > 32 ? 1 : kFwdThreads / threads);
-    const int64_t groups = ceil_div(a.rows, block.y);
-    // With a residual a block a row is faster by 4%, without it blocks that walk over rows are by 3 to 15%.
-    const bool walk = !a.residual || threads <= 32;
-    const int64_t blocks =
-        walk ? even_blocks(groups, resident_blocks(kernel, static_cast<int>(block.x * block.y))) : groups;
-    kernel<<<static_cast<unsigned>(blocks), block, 0, stream>>>(a);
+    kernel<<<static_cast<unsigned>(ceil_div(a.rows, block.y)), block, 0, stream>>>(a);
     return cudaGetLastError();
   });
 }
@@ -406,10 +396,9 @@ int64_t rms_norm_bwd_blocks(const RmsNormBwd& a) {
   if (a.rows == 0 || plan_bwd(a, plan) != cudaSuccess) return 1;
   int64_t resident = resident_blocks(plan.kernel, static_cast<int>(plan.block.x * plan.block.y), plan.shared);
   // Processors don't keep step: in short runs of long rows twice the blocks balance them better, at the price
-  // of twice the partial sums (16,384 x 8,192: 0.91 of copy instead of 0.84; 65,536 x 8,192: 0.88 instead of
-  // 0.94).
+  // of twice the partial sums (on an H200 16,384 x 8,192: 0.86 of copy instead of 0.78).
   const int64_t rounds = ceil_div(a.rows, plan.block.y * resident);
-  if (a.hidden * size_of(a.dtype) >= kLongRow && rounds < 128) resident *= 2;
+  if (a.hidden * size_of(a.dtype) >= kBwdShortRow && rounds < 128) resident *= 2;
   return even_blocks(ceil_div(a.rows, plan.block.y), resident);
 }
 

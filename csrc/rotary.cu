@@ -21,8 +21,8 @@ struct Columns {
   Vec<T, N> low, high;
 
   __device__ __forceinline__ void load_from(const T* head, int first, int second) {
-    low = stream<N>(head + first);
-    high = stream<N>(head + second);
+    low = load<N>(head + first);
+    high = load<N>(head + second);
   }
   // Element `upper` of pair n.
   __device__ __forceinline__ float get(int n, int upper) const {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void load_turns(float (&to)[N], const float* row, int
 template <class T, int N>
 __device__ void copy_columns(const T* x, T* out, int64_t begin, int64_t end) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;  // of a token
-  for (int64_t c = begin + thread * N; c < end; c += threads * N) store(out + c, stream<N>(x + c));
+  for (int64_t c = begin + thread * N; c < end; c += threads * N) store(out + c, load<N>(x + c));
 }
 
 template <class T, int N, bool interleaved>

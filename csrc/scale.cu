@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(Scale a) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < a.rows * accesses;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
     T* at = static_cast<T*>(a.x) + i / accesses * a.x_stride + i % accesses * N;
-    const auto v = stream<N>(at);
+    const auto v = load<N>(at);
     float scaled[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) scaled[n] = v[n] * factor;

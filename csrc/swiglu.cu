@@ -1,8 +1,8 @@
 // SwiGLU (Shazeer, 2020) on a packed [gate | up] row, forward and backward, computed in fp32. Bound by
 // memory.
 //
-// A thread takes two accesses of 16 bytes of each input, from wherever in (rows, intermediate) they are: no
-// row is too short or too odd to fill the blocks.
+// A thread takes an access of 16 bytes of each input, from wherever in (rows, intermediate) they are: no row
+// is too short or too odd to fill the blocks.
 #include <climits>
 
 #include "common.cuh"
@@ -10,8 +10,7 @@
 namespace openllama::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kSteps = 2;  // accesses of a thread to each input
+constexpr int kThreads = 128;
 
 // For 16-bit types the fast exp and division, whose errors of 2 ulps of fp32 rounding hides.
 template <class T>
@@ -24,57 +23,51 @@ __device__ __forceinline__ float sigmoid(float x) {
 
 // ---------------------------------------------------------------- kernels
 
-// Calls body(step, row, column of the intermediate) for this thread's accesses.
-template <int N, class F>
-__device__ __forceinline__ void for_accesses(const Swiglu& a, const F& body) {
+// Where a thread's access is: in `row`, at this column of the intermediate.
+struct Place {
+  int64_t row, column;
+};
+
+template <int N>
+__device__ __forceinline__ bool find_place(const Swiglu& a, Place& place) {
   const auto packs = static_cast<unsigned>(a.intermediate / N);
-  const unsigned end = static_cast<unsigned>(a.rows) * packs;  // the launcher keeps it in 32 bits
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const unsigned i = (blockIdx.x * kSteps + step) * kThreads + threadIdx.x;
-    if (i < end) body(step, static_cast<int64_t>(i / packs), static_cast<int64_t>(i % packs) * N);
-  }
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x;  // the launcher keeps it in 32 bits
+  place = {static_cast<int64_t>(i / packs), static_cast<int64_t>(i % packs) * N};
+  return i < static_cast<unsigned>(a.rows) * packs;
 }
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) fwd_kernel(Swiglu a) {
-  Vec<T, N> gate[kSteps], up[kSteps];
-  for_accesses<N>(a, [&](int step, int64_t row, int64_t c) {
-    const T* from = static_cast<const T*>(a.gate_up) + row * a.gate_up_stride + c;
-    gate[step] = stream<N>(from);
-    up[step] = stream<N>(from + a.intermediate);
-  });
-  for_accesses<N>(a, [&](int step, int64_t row, int64_t c) {
-    float act[N];
+  Place at;
+  if (!find_place<N>(a, at)) return;
+  const T* from = static_cast<const T*>(a.gate_up) + at.row * a.gate_up_stride + at.column;
+  const auto gate = load<N>(from), up = load<N>(from + a.intermediate);
+  float act[N];
 #pragma unroll
-    for (int n = 0; n < N; ++n) act[n] = gate[step][n] * sigmoid<T>(gate[step][n]) * up[step][n];
-    store(static_cast<T*>(a.out) + row * a.out_stride + c, Vec<T, N>::of(act));
-  });
+  for (int n = 0; n < N; ++n) act[n] = gate[n] * sigmoid<T>(gate[n]) * up[n];
+  store(static_cast<T*>(a.out) + at.row * a.out_stride + at.column, Vec<T, N>::of(act));
 }
 
 template <class T, int N, bool with_act>
 __global__ void __launch_bounds__(kThreads) bwd_kernel(Swiglu a) {
-  Vec<T, N> gate[kSteps], up[kSteps], dact[kSteps];
-  for_accesses<N>(a, [&](int step, int64_t row, int64_t c) {
-    const T* from = static_cast<const T*>(a.gate_up) + row * a.gate_up_stride + c;
-    gate[step] = stream<N>(from);
-    up[step] = stream<N>(from + a.intermediate);
-    dact[step] = stream<N>(static_cast<const T*>(a.dact) + row * a.dact_stride + c);
-  });
-  for_accesses<N>(a, [&](int step, int64_t row, int64_t c) {
-    float dgate[N], dup[N], act[N];
+  Place at;
+  if (!find_place<N>(a, at)) return;
+  const T* from = static_cast<const T*>(a.gate_up) + at.row * a.gate_up_stride + at.column;
+  const auto gate = load<N>(from), up = load<N>(from + a.intermediate);
+  const auto dact = load<N>(static_cast<const T*>(a.dact) + at.row * a.dact_stride + at.column);
+  float dgate[N], dup[N], act[N];
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const float g = gate[step][n], u = up[step][n], d = dact[step][n], s = sigmoid<T>(g);
-      dgate[n] = d * u * s * (1.0f + g * (1.0f - s));
-      dup[n] = d * g * s;
-      act[n] = g * s * u;
-    }
-    T* to = static_cast<T*>(a.out) + row * a.out_stride + c;
-    store(to, Vec<T, N>::of(dgate));
-    store(to + a.intermediate, Vec<T, N>::of(dup));
-    if constexpr (with_act) store(static_cast<T*>(a.act) + row * a.act_stride + c, Vec<T, N>::of(act));
-  });
+  for (int n = 0; n < N; ++n) {
+    const float g = gate[n], u = up[n], d = dact[n], s = sigmoid<T>(g);
+    dgate[n] = d * u * s * (1.0f + g * (1.0f - s));
+    dup[n] = d * g * s;
+    act[n] = g * s * u;
+  }
+  T* to = static_cast<T*>(a.out) + at.row * a.out_stride + at.column;
+  store(to, Vec<T, N>::of(dgate));
+  store(to + a.intermediate, Vec<T, N>::of(dup));
+  if constexpr (with_act)
+    store(static_cast<T*>(a.act) + at.row * a.act_stride + at.column, Vec<T, N>::of(act));
 }
 
 // ---------------------------------------------------------------- launchers
@@ -101,7 +94,7 @@ cudaError_t for_slices(Swiglu a, const F& go) {
       if (a.dact) part.dact = byte(a.dact, row * a.dact_stride * size);
       part.out = byte(a.out, row * a.out_stride * size);
       if (a.act) part.act = byte(a.act, row * a.act_stride * size);
-      const auto blocks = static_cast<unsigned>(ceil_div(part.rows * accesses, kThreads * kSteps));
+      const auto blocks = static_cast<unsigned>(ceil_div(part.rows * accesses, kThreads));
       if (packs)
         go(t, std::integral_constant<int, kPack<T>>{}, part, blocks);
       else

@@ -16,8 +16,12 @@ DTYPES = {
     torch.uint8: tl.uint8,
 }
 
-# Pinning memory is not allowed while a CUDA graph is captured: each call leaves room for a table of its size behind.
-_spare: dict[int, torch.Tensor] = {}
+# Pinning memory is not allowed while a CUDA graph is captured: calls outside leave room behind, of which those inside
+# take pieces. There is room for at least 16 tables of the last call's length: a call makes up to 6 launches (gradients
+# of three dtypes, with and without 16-byte accesses), and a graph may hold several calls.
+_TABLES = 16
+_LEAST = 2**17  # int64: 1 MiB
+_room = torch.empty(0, dtype=torch.int64)
 _captured: list[torch.Tensor] = []  # tables of CUDA graphs, which copy them again at each replay
 
 
@@ -41,19 +45,22 @@ def table(chunk: int, unit: int, sizes: Sequence[int], *columns: Sequence[int]) 
 
 
 def to_device(values: list[int], device: torch.device) -> torch.Tensor:
-    """int64, without waiting for the device. Raises RuntimeError in the capture of a graph before which no list of this
-    length was handed over."""
+    """int64, without waiting for the device. Raises RuntimeError in the capture of a graph for which calls outside have
+    left no room."""
+    global _room
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
+    size = len(values)
     if not torch.cuda.is_current_stream_capturing():
-        if len(values) not in _spare:
-            _spare[len(values)] = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
+        if len(_room) < _TABLES * size:
+            # more than has to be there, as what is left of the last room is lost
+            _room = torch.empty(max(_LEAST, 2 * _TABLES * size), dtype=torch.int64, pin_memory=True)
         return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
-    if len(values) not in _spare:
+    if len(_room) < size:
         raise RuntimeError(
             "openllama: a CUDA graph takes this call after it was made once outside of the graph"
         )
-    host = _spare.pop(len(values))
+    host, _room = _room[:size], _room[size:]
     host.copy_(torch.tensor(values, dtype=torch.int64))
     _captured.append(host)
     return host.to(device, non_blocking=True)

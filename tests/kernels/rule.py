@@ -48,6 +48,11 @@ def laid_far(t: torch.Tensor, path: Path) -> torch.Tensor:
     return buffer.as_strided(t.shape, (stride, *t[0].contiguous().stride())).copy_(t)
 
 
+def ends(t: torch.Tensor) -> torch.Tensor:
+    """The first and the last row of a tensor that is too large for more."""
+    return torch.cat([t[:1], t[-1:]])
+
+
 def run(
     op: Callable,
     tensors: Tensors,

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from openllama.ops import rotary, rotary_tables
 
 from .contract import BF16, F16, F32, F64, Contract
-from .rule import all_near, near, random, run
+from .rule import all_near, ends, near, random, run
 
 TABLE_ROWS = 64
 
@@ -259,6 +259,23 @@ def test_position_outside_the_tables_is_named_and_nothing_written(dtype, positio
     with pytest.raises(RuntimeError, match=rf"positions\[5\] is {named}, outside the table's 64 rows"):
         rotary(x, cos, sin, positions, rotated, inplace=inplace)
     assert torch.equal(x, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+@pytest.mark.parametrize("inplace", (False, True))
+def test_more_than_2_to_the_31_elements(backend, inplace):
+    heads, rotated, head_dim = 48, 40, 128
+    tokens = 2**31 // (heads * head_dim) + 2  # 4.3 GB
+    if torch.cuda.mem_get_info()[0] < 15 * 2**30:
+        pytest.skip("needs 15 GB of free GPU memory")
+    x = torch.ones(tokens, heads, head_dim, dtype=BF16, device="cuda")
+    x[0], x[-1] = random((2, heads, head_dim), BF16, "cuda", 0)
+    cos, sin = rotary_tables(head_dim, 4096, device="cuda")
+    positions = torch.arange(tokens, device="cuda").flip(0) % len(cos)  # the first turns too
+    expected = rotary(ends(x), cos, sin, ends(positions), rotated, backend="reference")
+    out = rotary(x, cos, sin, positions, rotated, inplace=inplace, backend=backend)
+    near(ends(out), expected, 1)
 
 
 X, (COS, SIN, POSITIONS, _) = example()

@@ -1,5 +1,7 @@
 """swiglu: silu(gate) * up on a packed [gate | up] row."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from openllama.ops import swiglu, swiglu_backward_
 
 from .contract import BF16, F16, F32, F64, Contract
-from .rule import assert_error_rule, random, run
+from .rule import assert_error_rule, ends, random, run
 
 
 class TestSwiglu(Contract):
@@ -125,13 +127,17 @@ def test_backward_in_place_names_bad_input(dact, gate_up, error, message):
 
 
 @pytest.mark.gpu
-def test_more_than_2_to_the_31_elements():
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+def test_more_than_2_to_the_31_elements(backend):
     rows, intermediate = 70_000, 16_384  # gate_up: 2.3e9 elements, 4.6 GB
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GB of free GPU memory")
     gate_up = torch.ones(rows, 2 * intermediate, dtype=BF16, device="cuda")
-    gate_up[-1] = random((2 * intermediate,), BF16, "cuda", 0)
+    gate_up[0], gate_up[-1] = random((2, 2 * intermediate), BF16, "cuda", 0)
     dact = torch.ones(rows, intermediate, dtype=BF16, device="cuda")
-    whole = run(swiglu, [gate_up], douts=[dact])
-    last = run(swiglu, [gate_up[-1:]], douts=[dact[-1:]])
-    assert torch.equal(whole[0][0][-1:], last[0][0]) and torch.equal(whole[1][0][-1:], last[1][0])
+    op = functools.partial(swiglu, backend=backend)
+    (alone,), (alone_grad,) = run(op, [ends(gate_up)], douts=[ends(dact)])
+    (act,), (grad,) = run(op, [gate_up], douts=[dact])
+    assert torch.equal(ends(act), alone) and torch.equal(ends(grad), alone_grad)
+    swiglu_backward_(dact, gate_up, backend=backend)
+    assert torch.equal(ends(dact), alone) and torch.equal(ends(gate_up), alone_grad)

@@ -226,6 +226,65 @@ class TestAdamW:
         assert all(torch.equal(a, b) for x, y in zip(eager, captured) for a, b in zip(x, y))
 
 
+class TestTables:
+    """The kernels' tables in CUDA graphs, without a GPU: `to` leaves them in their pinned memory."""
+
+    @pytest.fixture(autouse=True)
+    def gpu(self, monkeypatch):
+        self.capturing, self.rooms = False, 0
+
+        def pinning(function):
+            def allocate(*arguments, pin_memory=False, **options):
+                assert not (pin_memory and self.capturing), "memory is pinned in a capture"
+                self.rooms += pin_memory and function is empty
+                return function(*arguments, **options)
+
+            return allocate
+
+        empty = torch.empty
+        monkeypatch.setattr(twin("lists"), "_room", empty(0, dtype=I64))
+        monkeypatch.setattr(twin("lists"), "_captured", [])
+        monkeypatch.setattr(torch, "empty", pinning(torch.empty))
+        monkeypatch.setattr(torch, "tensor", pinning(torch.tensor))
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+    def launch(self, *lengths, capturing=False):
+        self.capturing = capturing
+        rows = [list(range(i, i + length)) for i, length in enumerate(lengths)]
+        tables = [twin("lists").to_device(row, torch.device("cuda")) for row in rows]
+        assert [table.tolist() for table in tables] == rows
+        return [table.data_ptr() for table in tables]
+
+    @pytest.mark.parametrize("length", (29, 30_000))
+    def test_a_graph_holds_several_launches_of_one_length(self, length):
+        self.launch(7, length, length)
+        self.launch(7, *[length] * 16, capturing=True)
+
+    @pytest.mark.parametrize("length", (29, 30_000))
+    def test_a_call_outside_makes_room_for_the_next_graph(self, length):
+        """The graphs before keep their tables, as they may be replayed."""
+        addresses = []
+        for _ in range(20):
+            self.launch(length)
+            addresses += self.launch(*[length] * 12, capturing=True)
+        assert len(set(addresses)) == len(addresses)
+
+    def test_a_graph_without_a_call_before_raises(self):
+        with pytest.raises(RuntimeError, match="made once outside of the graph"):
+            self.launch(29, capturing=True)
+        self.launch(29)
+        with pytest.raises(RuntimeError, match="made once outside of the graph"):
+            self.launch(*[29] * 10_000, capturing=True)
+        self.launch(29)
+        self.launch(*[29] * 16, capturing=True)
+
+    def test_steps_leave_no_more_than_one_does(self):
+        for _ in range(100):
+            self.launch(3000, 29, 3000)
+        assert self.rooms == 1
+
+
 @kernels
 class TestGradNorm:
     @pytest.mark.parametrize("dtypes", ((F32,), (BF16,), (F16,), (F32, BF16, F16)), ids=str)
