@@ -1,88 +1,16 @@
-// Cross-entropy over rows of logits: forward, backward, and both at once, which reads the logits once and
-// writes their gradient over them. Bound by memory. The formulas are with CrossEntropy in ops.h.
+// Cross-entropy over rows of logits: forward, backward, and both at once, which writes their gradient over
+// them. Bound by memory. The formulas are with CrossEntropy in ops.h.
 //
-// A row of a large vocabulary (256 KB at 128,000 in bf16) fits no block's registers. On Hopper a cluster of
-// up to eight blocks takes it, each warp a slice of its own: bulk copies bring the slices of three rows to
-// shared memory, so that the gradient is worked out where the sum was. Nothing makes a block wait as one: the
-// warps of a cluster send their sums to each block by st.async, a row before they are needed, and there the
-// warps add them up in turn. Elsewhere, and where rows can't be held, a block reads the row twice; the second
-// time much of it is still in L2.
-#include <cooperative_groups.h>
-
+// A block takes a row, and for both at once reads it twice; the second time much of it is still in L2. Where
+// clusters can hold a row, cross_entropy_held.cu reads it once.
 #include <climits>
 
-#include "common.cuh"
-#include "hopper/mbarrier.cuh"
+#include "cross_entropy.cuh"
 
 namespace openllama::cuda {
 namespace {
 
-constexpr int kThreads = 512;       // of a block that takes a row
-constexpr int kMaxWarps = 32;       // of a block that holds a part of one
-constexpr int kMaxCluster = 8;      // what every Hopper card can do
-constexpr int kStages = 3;          // rows held: one becomes its gradient, one is summed, one is on its way
-constexpr int kBeside = 10 * 1024;  // bytes of shared memory that a block takes beside its rows
-constexpr int kLine = 128;          // bytes of a cache line
-constexpr float kLog2e = 1.44269504f;
-
-// ---------------------------------------------------------------- arithmetic
-
-// l(x) = softcap tanh(x / softcap), or x itself. For 16-bit logits with the fast exp and division, whose
-// errors of 2 ulps of fp32 rounding hides.
-template <class T, bool capped>
-struct Cap {
-  float cap;
-
-  __device__ __forceinline__ float operator()(float x) const {
-    if constexpr (!capped) return x;
-    if constexpr (sizeof(T) == 4) return cap * tanhf(x / cap);
-    const float t = __fdividef(x, cap), square = t * t;
-    // For small t by a polynomial (Cephes' tanhf), as 1 - 2 / (exp(2 t) + 1) would cancel.
-    float small = fmaf(square, -5.70498873e-3f, 2.06390888e-2f);
-    small = fmaf(small, square, -5.37397156e-2f);
-    small = fmaf(small, square, 1.33314422e-1f);
-    small = fmaf(small, square, -3.33332819e-1f);
-    const float large = 1.0f - __fdividef(2.0f, fast_exp2(2.0f * kLog2e * t) + 1.0f);
-    return cap * (square < 0.39f ? fmaf(small * square, t, t) : large);
-  }
-  __device__ __forceinline__ float slope(float l) const {
-    return capped ? 1.0f - (l / cap) * (l / cap) : 1.0f;
-  }
-};
-
-// exp(l - top). The rounding of top * log2(e) is the same for all of a row, and cancels in the softmax.
-template <class T>
-__device__ __forceinline__ float exp_above(float l, float top) {
-  return sizeof(T) == 4 ? expf(l - top) : fast_exp2(fmaf(l, kLog2e, -top * kLog2e));
-}
-
-// The largest of some numbers, and the sum of exp(number - largest). NaN stays in the sum.
-struct LogSumExp {
-  float top = -INFINITY, sum = 0;
-
-  // What exp is taken relative to; where all are -inf so far, anything finite.
-  __device__ __forceinline__ float base() const { return top == -INFINITY ? 0.0f : top; }
-
-  template <class T, int N>
-  __device__ __forceinline__ void add(const float (&numbers)[N]) {
-    float most = top;
-#pragma unroll
-    for (int n = 0; n < N; ++n) most = fmaxf(most, numbers[n]);
-    if (most > top) {
-      sum *= exp_above<T>(top, most);
-      top = most;
-    }
-    const float to = base();
-#pragma unroll
-    for (int n = 0; n < N; ++n) sum += exp_above<T>(numbers[n], to);
-  }
-
-  __device__ __forceinline__ void merge(LogSumExp other) {
-    const float most = fmaxf(top, other.top), to = most == -INFINITY ? 0.0f : most;
-    sum = sum * expf(top - to) + other.sum * expf(other.top - to);
-    top = most;
-  }
-};
+constexpr int kThreads = 512;
 
 // Of a block, for every thread; once a kernel.
 __device__ LogSumExp block_logsumexp(LogSumExp mine) {
@@ -111,21 +39,6 @@ __device__ __forceinline__ Gradient gradient_of(const CrossEntropy& a, int64_t i
   const float dloss = a.dloss ? a.dloss[i] : 1.0f;
   const float z = a.z_loss != 0.0f ? 2.0f * a.z_loss * (top + log_sum) : 0.0f;
   return {top, (1.0f + z) * dloss * expf(-log_sum), dloss};
-}
-
-__device__ __forceinline__ void write_loss(const CrossEntropy& a, int64_t i, float top, float log_sum,
-                                           float at_label) {
-  const float s = top + log_sum;
-  a.loss[i] = log_sum - (at_label - top) + (a.z_loss != 0.0f ? a.z_loss * s * s : 0.0f);
-  a.lse[2 * i] = top, a.lse[2 * i + 1] = log_sum;
-}
-
-__device__ __forceinline__ void write_ignored(const CrossEntropy& a, int64_t i) {
-  a.loss[i] = a.lse[2 * i] = a.lse[2 * i + 1] = 0;
-}
-
-__device__ __forceinline__ void check_label(const CrossEntropy& a, int64_t label) {
-  require(label >= 0 && label < a.vocab, "cross_entropy: a label lies outside the vocabulary");
 }
 
 // ---------------------------------------------------------------- rows, line by line
@@ -160,7 +73,7 @@ struct Lines {
   }
 };
 
-// ---------------------------------------------------------------- a block a row, read once or twice
+// ---------------------------------------------------------------- a block a row
 
 // Calls body(column) for the first of this thread's columns in each of its accesses.
 template <class T, int N, class F>
@@ -230,288 +143,6 @@ __global__ void __launch_bounds__(kThreads) row_kernel(CrossEntropy a) {
   }
 }
 
-// ---------------------------------------------------------------- a cluster a row, held in shared memory
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define OPENLLAMA_CLUSTERS
-
-constexpr int kExchanges = 4;  // sums under way: who sends one may have others still at that of 3 rows before
-
-// As they travel between blocks.
-__device__ __forceinline__ uint64_t bits_of(LogSumExp v) {
-  return static_cast<uint64_t>(__float_as_uint(v.sum)) << 32 | __float_as_uint(v.top);
-}
-__device__ __forceinline__ LogSumExp logsumexp_of(uint64_t bits) {
-  return {__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32))};
-}
-
-// The largest of a warp's, for all of its lanes: as whole numbers of the same order, which one instruction
-// compares.
-__device__ __forceinline__ float warp_largest(float v) {
-  const auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
-  return __int_as_float(ordered(__reduce_max_sync(0xffffffff, ordered(__float_as_int(v)))));
-}
-
-// Of the lanes of a warp, for each of them.
-template <class T>
-__device__ __forceinline__ LogSumExp warp_logsumexp(LogSumExp mine) {
-  LogSumExp all{warp_largest(mine.top)};
-  all.sum = warp_sum(mine.sum * exp_above<T>(mine.top, all.base()));
-  return all;
-}
-
-// The largest element, as two at a time where there are two in a word.
-template <class T, int P>
-__device__ __forceinline__ float largest(const Vec<T, kPack<T>> (&packs)[P]) {
-  if constexpr (sizeof(T) == 4) {
-    float most = -INFINITY;
-#pragma unroll
-    for (int k = 0; k < P; ++k)
-#pragma unroll
-      for (int n = 0; n < kPack<T>; ++n) most = fmaxf(most, packs[k][n]);
-    return most;
-  } else {
-    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    Two most[kPack<T> / 2];
-#pragma unroll
-    for (int n = 0; n < kPack<T> / 2; ++n) most[n] = reinterpret_cast<const Two&>(packs[0].words[n]);
-#pragma unroll
-    for (int k = 1; k < P; ++k)
-#pragma unroll
-      for (int n = 0; n < kPack<T> / 2; ++n)
-        most[n] = __hmax2(most[n], reinterpret_cast<const Two&>(packs[k].words[n]));
-#pragma unroll
-    for (int n = 1; n < kPack<T> / 2; ++n) most[0] = __hmax2(most[0], most[n]);
-    return fmaxf(__low2float(most[0]), __high2float(most[0]));
-  }
-}
-
-// exp of it is 0.
-template <class T>
-__device__ __forceinline__ Vec<T, kPack<T>> minus_infinity() {
-  float v[kPack<T>];
-#pragma unroll
-  for (int n = 0; n < kPack<T>; ++n) v[n] = -INFINITY;
-  return Vec<T, kPack<T>>::of(v);
-}
-
-// A warp's slice of a row, P accesses of 16 bytes a lane, 32 apart, in shared memory as in the row, whose
-// cache lines it keeps to. Columns are counted from the line in which the row begins.
-template <class T, int P>
-struct Slice {
-  static constexpr int N = kPack<T>;
-  static constexpr unsigned length = P * 32 * N;
-  T* line;
-  unsigned begin;      // the slice's first column
-  unsigned lead, end;  // the row's columns are lead, lead + 1, ..., end - 1
-
-  __device__ __forceinline__ Slice(T* row, unsigned vocab, unsigned begin) : begin(begin) {
-    lead = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row)) % kLine / sizeof(T);
-    end = lead + vocab;
-    line = row - lead;
-  }
-  // Of this lane's access k: its place in the slice.
-  static __device__ __forceinline__ unsigned place(int k) { return (k * 32 + threadIdx.x % 32) * N; }
-  __device__ __forceinline__ bool inside() const { return begin >= lead && begin + length <= end; }
-  __device__ __forceinline__ bool whole(unsigned c) const { return c >= lead && c + N <= end; }
-  __device__ __forceinline__ bool partial(unsigned c) const { return c < end && c + N > lead; }
-  __device__ __forceinline__ bool has(unsigned c) const { return c >= lead && c < end; }
-
-  // Brings it to `held`, one lane's call: whole 16 bytes, with up to 15 of what lies around the row.
-  __device__ __forceinline__ void fetch(uint32_t held, uint32_t barrier) const {
-    const unsigned from = max(begin, lead / N * N), to = min(begin + length, (end + N - 1) / N * N);
-    const uint32_t bytes = from < to ? (to - from) * sizeof(T) : 0;
-    hopper::arrive_expecting(barrier, bytes);
-    if (bytes) hopper::bulk_load(held + (from - begin) * sizeof(T), line + from, bytes, barrier);
-  }
-  // Elements outside of the row are -inf.
-  __device__ __forceinline__ void read(Vec<T, N> (&to)[P], const T* held) const {
-    if (inside()) {
-#pragma unroll
-      for (int k = 0; k < P; ++k) to[k] = load<N>(held + place(k));
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < P; ++k) {
-      const unsigned c = begin + place(k);
-      to[k] = minus_infinity<T>();
-      if (whole(c)) {
-        to[k] = load<N>(held + place(k));
-      } else if (partial(c)) {
-        T* elements = reinterpret_cast<T*>(&to[k]);
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-          if (has(c + n)) elements[n] = held[place(k) + n];
-      }
-    }
-  }
-  __device__ __forceinline__ void write(const Vec<T, N> (&from)[P]) const {
-    T* to = line + begin;
-    if (inside()) {
-#pragma unroll
-      for (int k = 0; k < P; ++k) store(to + place(k), from[k]);
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < P; ++k) {
-      const unsigned c = begin + place(k);
-      if (whole(c)) {
-        store(to + place(k), from[k]);
-      } else if (partial(c)) {
-        const T* elements = reinterpret_cast<const T*>(&from[k]);
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-          if (has(c + n)) to[place(k) + n] = elements[n];
-      }
-    }
-  }
-};
-constexpr int kIgnored = -1;
-
-#endif
-
-// Warps for which a processor has the registers, where a lane has so many accesses to its slice.
-constexpr int held_warps(int64_t accesses) { return accesses > 4 ? 28 : kMaxWarps; }
-
-// P: accesses of a lane to its warp's slice. Shared memory: (warps, kStages, P, 32) accesses.
-template <class T, int P>
-__global__ void __launch_bounds__(held_warps(P) * 32, 1) held_kernel(CrossEntropy a) {
-#ifdef OPENLLAMA_CLUSTERS
-  constexpr int N = kPack<T>;
-  constexpr unsigned length = Slice<T, P>::length;
-  extern __shared__ uint4 slots[];
-  __shared__ uint64_t sums[kExchanges][kMaxCluster * kMaxWarps], exchanged_barriers[kExchanges];
-  __shared__ uint64_t fetched_barriers[kMaxWarps][kStages];
-  const auto cluster = cooperative_groups::this_cluster();
-  const unsigned blocks = cluster.num_blocks(), clusters = gridDim.x / blocks, first = blockIdx.x / blocks;
-  const unsigned warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const unsigned all = blocks * warps, self = cluster.block_rank() * warps + warp;  // among the cluster's
-  // This cluster's rows are first, first + clusters, ...: it takes `turns` of them.
-  const unsigned turns = (static_cast<unsigned>(a.rows) - first + clusters - 1) / clusters;
-  const int64_t step = clusters * a.logits_stride;
-  T* row = static_cast<T*>(a.dlogits) + first * a.logits_stride;  // of the turn
-  const T* held = reinterpret_cast<const T*>(slots) + warp * kStages * length;
-  const uint32_t held_address = hopper::shared_address(held);
-  const uint32_t fetched = hopper::shared_address(fetched_barriers[warp]);
-  const uint32_t exchanged = hopper::shared_address(exchanged_barriers);
-  const uint32_t to = hopper::remote_address(hopper::shared_address(&sums[0][self]), lane % blocks);
-  const uint32_t to_barrier = hopper::remote_address(exchanged, lane % blocks);
-  const auto slice_of = [&](T* row) {
-    return Slice<T, P>(row, static_cast<unsigned>(a.vocab), self * length);
-  };
-  const auto read_label = [&](unsigned turn) {
-    return turn < turns ? a.labels[first + static_cast<int64_t>(turn) * clusters] : a.ignore_index;
-  };
-  // The label of a row, of which nothing is read if it is ignored.
-  const auto fetch = [&](T* row, unsigned stage, int64_t label) {
-    if (label == a.ignore_index) return kIgnored;
-    if (self == 0) check_label(a, label);
-    if (lane == 0)
-      slice_of(row).fetch(held_address + stage * length * sizeof(T), fetched + stage * sizeof(uint64_t));
-    return static_cast<int>(label);
-  };
-  uint32_t parities = 0;  // of the stages' barriers, a bit each: those of ignored rows stand still
-  // Sends the slice's sum to all blocks of the cluster.
-  const auto send_sum = [&](T* row, unsigned turn, unsigned stage, bool ignored) {
-    LogSumExp mine;
-    if (!ignored) {
-      hopper::wait(fetched + stage * sizeof(uint64_t), parities >> stage & 1);
-      parities ^= 1u << stage;
-      Vec<T, N> packs[P];
-      slice_of(row).read(packs, held + stage * length);
-      mine.top = largest(packs);
-      const float base = mine.base();
-      float parts[4] = {};  // so that a term does not have to wait for the one before
-#pragma unroll
-      for (int k = 0; k < P; ++k)
-#pragma unroll
-        for (int n = 0; n < N; ++n) parts[n % 4] += exp_above<T>(packs[k][n], base);
-      mine.sum = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-      mine = warp_logsumexp<T>(mine);
-    }
-    const unsigned exchange = turn % kExchanges;
-    const uint32_t place = exchange * sizeof(sums[0]), barrier = exchange * sizeof(uint64_t);
-    if (threadIdx.x == 0) hopper::arrive_expecting(exchanged + barrier, all * sizeof(uint64_t));
-    if (lane < blocks) hopper::send(to + place, bits_of(mine), to_barrier + barrier);
-  };
-  const auto receive_sum = [&](unsigned turn) {
-    const unsigned exchange = turn % kExchanges;
-    hopper::wait<true>(exchanged + exchange * sizeof(uint64_t), turn / kExchanges % 2);
-    const uint64_t* from = sums[exchange] + lane;
-    LogSumExp mine;
-#pragma unroll 4
-    for (unsigned k = 0; k < all; k += 32) mine.top = fmaxf(mine.top, logsumexp_of(from[k]).top);
-    const float base = mine.base();
-#pragma unroll 4
-    for (unsigned k = 0; k < all; k += 32) {
-      const LogSumExp part = logsumexp_of(from[k]);
-      mine.sum += part.sum * exp_above<T>(part.top, base);
-    }
-    return warp_logsumexp<T>(mine);
-  };
-  const auto write_gradient = [&](T* row, int64_t i, unsigned stage, LogSumExp sum, int label) {
-    const Slice<T, P> slice = slice_of(row);
-    const float top = sum.base(), dloss = a.dloss ? a.dloss[i] : 1.0f;
-    float scale = sizeof(T) == 4 ? dloss / sum.sum : __fdividef(dloss, sum.sum);
-    if (a.z_loss != 0.0f) scale *= 1.0f + 2.0f * a.z_loss * (top + logf(sum.sum));
-    const auto gradient = [&](float logit) { return exp_above<T>(logit, top) * scale; };
-    Vec<T, N> packs[P];
-    slice.read(packs, held + stage * length);
-#pragma unroll
-    for (int k = 0; k < P; ++k) {
-      float d[N];
-#pragma unroll
-      for (int n = 0; n < N; ++n) d[n] = gradient(packs[k][n]);
-      packs[k] = Vec<T, N>::of(d);
-    }
-    slice.write(packs);
-    const unsigned c = slice.lead + static_cast<unsigned>(label), place = c - slice.begin;
-    if (place >= length || place / N % 32 != lane) return;
-    const float at_label = to_float(held[stage * length + place]);
-    slice.line[c] = from_float<T>(gradient(at_label) - dloss);  // where this lane has just written
-    write_loss(a, i, top, logf(sum.sum), at_label);
-  };
-  const auto write_zeros = [&](T* row, int64_t i) {
-    Vec<T, N> zeros[P];
-#pragma unroll
-    for (int k = 0; k < P; ++k) zeros[k] = Vec<T, N>{};
-    slice_of(row).write(zeros);
-    if (self == 0 && lane == 0) write_ignored(a, i);
-  };
-
-  if (lane == 0)
-    for (int stage = 0; stage < kStages; ++stage) hopper::init(fetched + stage * sizeof(uint64_t), 1);
-  if (threadIdx.x == 0)
-    for (int i = 0; i < kExchanges; ++i) hopper::init(exchanged + i * sizeof(uint64_t), 1);
-  // sums that nobody sends, so that all lanes have as many to add
-  for (unsigned i = threadIdx.x; i < kMaxCluster * kMaxWarps; i += blockDim.x)
-    for (int k = 0; i >= all && k < kExchanges; ++k) sums[k][i] = bits_of(LogSumExp{});
-  cluster.sync();  // all blocks run: from here on they may write to each other's shared memory
-  int labels[kStages];
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage)
-    labels[stage] = fetch(row + stage * step, stage, read_label(stage));
-  int64_t next_label = read_label(kStages);
-  if (turns) send_sum(row, 0, 0, labels[0] == kIgnored);
-  for (unsigned turn = 0, stage = 0; turn < turns; ++turn, row += step) {
-    const unsigned next = stage + 1 < kStages ? stage + 1 : 0;
-    if (turn + 1 < turns) send_sum(row + step, turn + 1, next, labels[1] == kIgnored);
-    const LogSumExp sum = receive_sum(turn);
-    const int64_t i = first + static_cast<int64_t>(turn) * clusters;
-    if (labels[0] == kIgnored)
-      write_zeros(row, i);
-    else
-      write_gradient(row, i, stage, sum, labels[0]);
-    __syncwarp();  // all lanes have read what is held there
-#pragma unroll
-    for (int k = 0; k + 1 < kStages; ++k) labels[k] = labels[k + 1];
-    labels[kStages - 1] = fetch(row + kStages * step, stage, next_label);
-    next_label = read_label(turn + kStages + 1);
-    stage = next;
-  }
-#endif
-}
-
 // ---------------------------------------------------------------- launchers
 
 // Whether accesses of both tensors fall on 16 bytes together.
@@ -537,66 +168,6 @@ cudaError_t run_rows(const CrossEntropy& a, cudaStream_t stream) {
   });
 }
 
-// A cluster that holds a row: its blocks (0 where none can), their warps, and a lane's accesses to its slice.
-struct Holding {
-  int64_t blocks, warps, accesses;
-
-  int64_t shared() const { return warps * kStages * accesses * 32 * 16; }
-  // Whether a processor has the registers and the shared memory for `count` blocks.
-  bool fits(int64_t count, int64_t memory) const {
-    return count * warps <= held_warps(accesses) && count * (shared() + kBeside) <= memory;
-  }
-};
-
-// Where the fewest lanes are left without work; among equals, blocks of which two share a processor and do
-// not wait at the same time, then the fewest.
-Holding holding_of(const CrossEntropy& a, int64_t memory) {
-  Holding best{};
-  if (a.softcap != 0.0f || a.rows > INT_MAX || a.vocab > INT_MAX / 2) return best;
-  const int64_t accesses = ceil_div(a.vocab * size_of(a.dtype) + kLine, 32 * 16);  // of a warp to a row
-  int64_t most = 0;
-  for (const int64_t blocks : {2, 4, 8})
-    for (const int64_t each : {4, 5}) {
-      const Holding holding{blocks, ceil_div(ceil_div(accesses, blocks), each), each};
-      const int64_t percent = 100 * accesses / (blocks * holding.warps * each);
-      const int64_t score = 2 * percent + holding.fits(2, memory);
-      if (score > most && holding.fits(1, memory)) best = holding, most = score;
-    }
-  return best;
-}
-
-// Shared memory of a processor; 0 where there are no clusters.
-int64_t held_memory() {
-  int device = 0, major = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return major < 9 ? 0 : most;
-}
-
-template <class T>
-cudaError_t launch_held(const CrossEntropy& a, Holding holding, int64_t memory, cudaStream_t stream) {
-  const auto kernel = holding.accesses == 4 ? held_kernel<T, 4> : held_kernel<T, 5>;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(holding.blocks), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(holding.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(holding.warps * 32));
-  config.dynamicSmemBytes = static_cast<size_t>(holding.shared());
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int resident = 0;
-  // always to the same limit: another thread's launch may come in between
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(memory - kBeside));
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&resident, kernel, &config);
-  if (error != cudaSuccess) return error;
-  config.gridDim.x = static_cast<unsigned>(even_blocks(a.rows, std::max(resident, 1)) * holding.blocks);
-  return cudaLaunchKernelEx(&config, kernel, a);
-}
-
 }  // namespace
 
 cudaError_t cross_entropy_fwd(const CrossEntropy& a, cudaStream_t stream) {
@@ -610,10 +181,8 @@ cudaError_t cross_entropy_bwd(const CrossEntropy& a, cudaStream_t stream) {
 // dlogits are the logits.
 cudaError_t cross_entropy_fwd_bwd(const CrossEntropy& a, cudaStream_t stream) {
   if (a.rows == 0) return cudaSuccess;
-  const int64_t memory = held_memory();
-  const Holding holding = holding_of(a, memory);
-  if (!holding.blocks) return run_rows<true, true>(a, stream);
-  return with_dtype(a.dtype, [&](auto t) { return launch_held<decltype(t)>(a, holding, memory, stream); });
+  cudaError_t error = cudaSuccess;
+  return cross_entropy_held(a, stream, error) ? error : run_rows<true, true>(a, stream);
 }
 
 }  // namespace openllama::cuda

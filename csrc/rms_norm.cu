@@ -54,7 +54,7 @@ __device__ __forceinline__ float row_sum(float v, RowSum<several>& sums, int tur
 }
 
 template <class T, class W, int P, bool residual>
-__global__ void __launch_bounds__(P == 1 ? kFwdThreads : kMaxThreads) fwd_kernel(RmsNormFwd a) {
+__global__ void __launch_bounds__(P == 1 ? kFwdThreads : kMaxThreads, 1) fwd_kernel(RmsNormFwd a) {
   constexpr int N = kPack<T>;
   __shared__ RowSum<false> sums;
   const int hidden = static_cast<int>(a.hidden);
