@@ -1,11 +1,22 @@
 // RMSNorm (Zhang and Sennrich, 2019) with the residual add fused in: one read and one write of each row; the
 // second pass over a row finds it in cache.
+#include <algorithm>
 #include <cmath>
 
 #include "vec.h"
 
 namespace openllama::cpu::CPU_ARCH {
 namespace {
+
+// The sum of part(begin, end) over pieces of 0 .. n - 1. As one sum in fp32 it would be off by more, the
+// longer it is.
+template <class F>
+float sum_pieces(int64_t n, F part) {
+  constexpr int64_t kPiece = 512;
+  float sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kPiece) sum += part(begin, std::min(n, begin + kPiece));
+  return sum;
+}
 
 template <class T, class W>
 void fwd(const RmsNormFwd& a, int64_t begin, int64_t end) {
@@ -17,15 +28,23 @@ void fwd(const RmsNormFwd& a, int64_t begin, int64_t end) {
     if (a.residual) {
       const T* residual = row<T>(a.residual, i, a.residual_stride);
       T* h = row<T>(a.h, i, a.hidden);
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < a.hidden; ++c) {
-        h[c] = from_float<T>(to_float(x[c]) + to_float(residual[c]));
-        sum += to_float(h[c]) * to_float(h[c]);
-      }
+      sum = sum_pieces(a.hidden, [&](int64_t first, int64_t last) {
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t c = first; c < last; ++c) {
+          h[c] = from_float<T>(to_float(x[c]) + to_float(residual[c]));
+          part += to_float(h[c]) * to_float(h[c]);
+        }
+        return part;
+      });
       x = h;
     } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < a.hidden; ++c) sum += to_float(x[c]) * to_float(x[c]);
+      sum = sum_pieces(a.hidden, [&](int64_t first, int64_t last) {
+        float part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t c = first; c < last; ++c) part += to_float(x[c]) * to_float(x[c]);
+        return part;
+      });
     }
     const float rstd = 1.0f / std::sqrt(sum / float(a.hidden) + a.eps);
     for (int64_t c = 0; c < a.hidden; ++c) y[c] = from_float<T>(to_float(x[c]) * rstd * to_float(weight[c]));
@@ -43,9 +62,12 @@ void bwd_row(const RmsNormBwd& a, int64_t i, float* dweight) {
     for (int64_t c = 0; c < a.hidden; ++c) dweight[c] += to_float(dy[c]) * to_float(h[c]) * rstd;
   if (!a.dx) return;
   T* dx = row<T>(a.dx, i, a.hidden);
-  float dot = 0;
-#pragma omp simd reduction(+ : dot)
-  for (int64_t c = 0; c < a.hidden; ++c) dot += to_float(dy[c]) * to_float(weight[c]) * to_float(h[c]);
+  const float dot = sum_pieces(a.hidden, [&](int64_t first, int64_t last) {
+    float part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t c = first; c < last; ++c) part += to_float(dy[c]) * to_float(weight[c]) * to_float(h[c]);
+    return part;
+  });
   const float scale = dot * rstd * rstd * rstd / float(a.hidden);
   if (a.dh) {
     const T* dh = row<T>(a.dh, i, a.dh_stride);
