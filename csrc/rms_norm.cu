@@ -15,16 +15,18 @@
 namespace openllama::cuda {
 namespace {
 
-constexpr int kPacks = 4;          // accesses of a thread to a row, at most
-constexpr int kMaxThreads = 512;   // of a row
-constexpr int kFwdThreads = 128;   // of a block that takes several rows
-constexpr int kBwdThreads = 1024;  // of a block, at most; where a thread has kPacks accesses, half of them
-constexpr int kMaxRows = 15;       // of a block whose rows take several warps: as many barriers as there are
-constexpr int kStages = 2;         // rows of backward on their way or in work
+constexpr int kPacks = 4;         // accesses of a thread to a row, at most
+constexpr int kMaxThreads = 512;  // of a row
+constexpr int kFwdThreads = 128;  // of a block that takes several rows
+constexpr int kMaxRows = 15;      // of a block whose rows take several warps: as many barriers as there are
+constexpr int kStages = 2;        // rows of backward on their way or in work
 constexpr int kFwdShortRow = 8 * 1024;  // bytes of a row, up to which two accesses do
 constexpr int kBwdShortRow = 16 * 1024;
 constexpr int kLooseThreads = 512;     // of a row that goes element by element
 constexpr int kMaxShared = 64 * 1024;  // then: 16,384 columns of dweight
+
+// Threads of a block of backward, at most, by the accesses of each to a row.
+constexpr unsigned bwd_threads(int packs) { return packs < kPacks ? 1024 : 512; }
 
 // ---------------------------------------------------------------- rows by accesses of 16 bytes
 
@@ -130,7 +132,7 @@ __device__ void write_dweight(const RmsNormBwd& a, const float* rows) {
 }
 
 template <class T, class W, int P>
-__global__ void __launch_bounds__(P < kPacks ? kBwdThreads : kBwdThreads / 2) bwd_kernel(RmsNormBwd a) {
+__global__ void __launch_bounds__(bwd_threads(P)) bwd_kernel(RmsNormBwd a) {
   constexpr int N = kPack<T>;
   extern __shared__ uint4 shared[];  // the stages, and at the end the rows of dweight
   __shared__ RowSum<true> sums;
@@ -289,13 +291,11 @@ bool on_16_bytes(const RmsNormBwd& a) {
 }
 
 // Accesses of a thread to a row: few to a short one, whose block would else be too small to hide its sum.
-int row_packs(const RmsNormFwd& a) {
+template <class Args>
+int row_packs(const Args& a) {
   const int64_t bytes = a.hidden * size_of(a.dtype);
-  return bytes <= 32 * 16 ? 1 : bytes <= kFwdShortRow ? 2 : kPacks;
-}
-int row_packs(const RmsNormBwd& a) {
-  const int64_t bytes = a.hidden * size_of(a.dtype);
-  return bytes <= 32 * 16 ? 1 : bytes <= kBwdShortRow ? 2 : kPacks;
+  const int64_t short_row = std::is_same_v<Args, RmsNormFwd> ? kFwdShortRow : kBwdShortRow;
+  return bytes <= 32 * 16 ? 1 : bytes <= short_row ? 2 : kPacks;
 }
 
 // Threads of a row, in accesses of 16 bytes; 0 where rows must go element by element.
@@ -340,9 +340,8 @@ struct BwdPlan {
 // Rows of a block: a power of two, which measured better than what fills it; 0 where shared memory is too
 // small for one.
 unsigned bwd_rows(unsigned threads, int packs, int64_t stage, int64_t most) {
-  const unsigned most_threads = packs < kPacks ? kBwdThreads : kBwdThreads / 2;
   unsigned rows = 1;
-  while (2 * rows * threads <= most_threads && (threads <= 32 || 2 * rows <= kMaxRows)) rows *= 2;
+  while (2 * rows * threads <= bwd_threads(packs) && (threads <= 32 || 2 * rows <= kMaxRows)) rows *= 2;
   while (rows * stage > most) rows /= 2;
   return rows;
 }

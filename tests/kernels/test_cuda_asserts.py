@@ -10,19 +10,30 @@ from .test_backend import python
 
 pytestmark = pytest.mark.gpu
 
-CROSS_ENTROPY = """
+SCRIPT = """
 import torch
+{setup}
+{call}  # what is right is not stopped
+torch.cuda.synchronize()
+print("right", flush=True)
+{spoil}
+{call}
+torch.cuda.synchronize()
+print("wrong", flush=True)
+"""
+
+
+def assert_stops(setup, call, spoil, message):
+    result = python(SCRIPT.format(setup=setup, call=call, spoil=spoil))
+    assert result.stdout == "right\n" and result.returncode != 0, result.stderr
+    assert message in result.stderr, result.stderr
+
+
+CROSS_ENTROPY = """
 from openllama.ops import cross_entropy
 logits = torch.zeros(9, {vocab}, dtype=torch.bfloat16, device="cuda", requires_grad=True)
 labels = torch.zeros(9, dtype=torch.int64, device="cuda")
 dloss, lse = torch.ones(9, device="cuda"), torch.zeros(9, 2, device="cuda")
-{call}  # what is right is not stopped
-torch.cuda.synchronize()
-print("right", flush=True)
-labels[5] = {label}
-{call}
-torch.cuda.synchronize()
-print("wrong", flush=True)
 """
 
 CALLS = {
@@ -32,37 +43,22 @@ CALLS = {
 }
 
 
-def assert_stops(code, message):
-    result = python(code)
-    assert result.stdout == "right\n" and result.returncode != 0, result.stderr
-    assert message in result.stderr, result.stderr
-
-
 @pytest.mark.parametrize("call", CALLS)
 # Rows that a cluster holds in the in-place form (on Hopper), short ones, and rows too long to be held.
 @pytest.mark.parametrize("vocab, label", ((128_256, 128_256), (41, -1), (400_000, 2**40)))
 def test_an_impossible_label(call, vocab, label):
-    code = CROSS_ENTROPY.format(call=CALLS[call], vocab=vocab, label=label)
-    assert_stops(code, "cross_entropy: a label lies outside the vocabulary")
+    message = "cross_entropy: a label lies outside the vocabulary"
+    assert_stops(CROSS_ENTROPY.format(vocab=vocab), CALLS[call], f"labels[5] = {label}", message)
 
 
 ROTARY = """
-import torch
 from openllama.ops import rotary, rotary_tables
 x, tables = torch.zeros(9, 3, 16, device="cuda"), rotary_tables(16, 64, device="cuda")
 positions = torch.zeros(9, dtype=torch.int64, device="cuda")
-{call}  # what is right is not stopped
-torch.cuda.synchronize()
-print("right", flush=True)
-positions[5] = {position}
-{call}
-torch.cuda.synchronize()
-print("wrong", flush=True)
 """
 
 
 @pytest.mark.parametrize("position, inplace", ((64, False), (-1, True), (2**32, False)))
 def test_a_position_outside_the_tables(position, inplace):
     call = f"rotary(x, *tables, positions, 2, inplace={inplace}, backend='cuda')"
-    code = ROTARY.format(call=call, position=position)
-    assert_stops(code, "rotary: a position lies outside the tables")
+    assert_stops(ROTARY, call, f"positions[5] = {position}", "rotary: a position lies outside the tables")
