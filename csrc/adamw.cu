@@ -9,6 +9,7 @@
 // ties to even could not. Moments of 16 and 8 bits are rounded stochastically: an exponential average's steps
 // are smaller than their spacing, and would be lost. exp_avg has 8 bits on a quadratic scale, exp_avg_sq on a
 // logarithmic one, as it is its relative error that counts.
+#include <cfloat>
 #include <climits>
 #include <unordered_map>
 
@@ -38,6 +39,8 @@ static_assert(sizeof(Table) <= 32'764);
 
 // ---------------------------------------------------------------- random bits
 
+constexpr uint32_t kGolden = 0x9e3779b9u;  // 2^32 over the golden ratio
+
 __device__ __forceinline__ uint32_t mix(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
@@ -46,10 +49,20 @@ __device__ __forceinline__ uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
-// Keyed by (seed, step, element), so that they do not depend on how tensors are split.
-__device__ __forceinline__ uint32_t random_bits(uint32_t key, int64_t element) {
-  return mix(mix(static_cast<uint32_t>(element) ^ key) + static_cast<uint32_t>(element >> 32) + key);
-}
+// Three times 16 random bits of an element, in the upper halves of words. They are keyed by (seed, step,
+// element), so that they do not depend on how tensors are split.
+struct RandomBits {
+  uint32_t state;
+
+  // x: the lower 32 bits of the element's number times kGolden, plus a key of the upper ones.
+  static __device__ __forceinline__ RandomBits of(uint32_t x) {
+    x = (x ^ x >> 16) * 0x7feb352du;
+    return {x ^ x >> 15};
+  }
+  __device__ __forceinline__ uint32_t mean() const { return state * 0x846ca68bu; }
+  __device__ __forceinline__ uint32_t square() const { return mean() * kGolden; }
+  __device__ __forceinline__ uint32_t weight() const { return square() * kGolden; }
+};
 
 // The upper 16 bits of a float, one more with a chance of its lower 16 bits over 2^16. `random` has 16 bits.
 __device__ __forceinline__ uint32_t round_to_bf16(float v, uint32_t random) {
@@ -61,263 +74,377 @@ __device__ __forceinline__ uint32_t round_to_bf16(float v, uint32_t random) {
 
 // ---------------------------------------------------------------- fast arithmetic
 //
-// The lean forms have some 170 instructions an element before they are slower than memory. Conversions
-// between whole numbers and floats share the slow unit of square roots and logarithms, so they are done by
-// adding 2^23, at which a float's spacing is 1. The approximations are off by 1 or 2 ulps of an update, which
-// is itself rounded into a weight.
+// An element of the leanest form moves 14 or 16 bytes, in the time of some 100 instructions. Conversions
+// between whole numbers and floats share the slow unit of square roots and logarithms: so a whole number
+// becomes a float as a subnormal one times a power of two, and a float becomes whole by the addition of one
+// whose spacing is 1. The approximations are off by 1 or 2 ulps of an update, which is itself rounded into a
+// weight.
 
+// Of numbers below 2^-126 the root is 0.
 __device__ __forceinline__ float fast_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float sqrt_approximately(float x) {
   float y;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-constexpr float k2To23 = 8388608.0f;
-
-// A whole number below 2^23 as a float.
-__device__ __forceinline__ float whole_to_float(uint32_t x) {
-  return __uint_as_float(x | 0x4b000000u) - k2To23;
+// Of numbers over 2^126 it is 0.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
-// floor of a float in 0 .. 2^22, with the bits of the whole number in the lower half of it.
-__device__ __forceinline__ float floor_above_2_to_23(float x) { return __fadd_rd(x, k2To23); }
+
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A whole number below 2^24 is, as the bits of a float, so many times 2^-149: a byte of a word in the place
+// of its third one, 2^-133, the upper half in the middle 2^-141.
+__device__ __forceinline__ float byte_by_2_to_133(uint32_t word, int i) {
+  return __uint_as_float(__byte_perm(word, 0, 0x4044 | i << 8));
+}
+__device__ __forceinline__ float upper_half_by_2_to_141(uint32_t word) {
+  return __uint_as_float(__byte_perm(word, 0, 0x4324));
+}
+
+// One more in the last place where `change` is negative.
+__device__ __forceinline__ float next_if_negative(float x, float change) {
+  return __uint_as_float(__float_as_uint(x) + (__float_as_uint(change) >> 31));
+}
 
 // ---------------------------------------------------------------- 8-bit codes
+//
+// Codes to be stored are in the lowest byte of a float, whose spacing is that of codes.
 
-constexpr float kPerOctave = 6.375f;      // of exp_avg_sq: 255 codes over 40 octaves
-constexpr float kSpacing = 0.114863549f;  // 2^(1 / kPerOctave) - 1
+constexpr float kPerOctave = 6.375f;  // of exp_avg_sq: 255 codes over 40 octaves
+constexpr float kTiny = 0x1p-112f;    // scales below count as it: their reciprocals would overflow
 
-__device__ __forceinline__ float decode_mean(uint32_t code, float scale) {
-  const float q = whole_to_float(code) - 128.0f;
-  return scale * (1.0f / 16129.0f) * q * fabsf(q);
+constexpr float kMeanScale = (64.0f / 127) * (64.0f / 127);
+// Of |m| over its scale (127 / 16)^2, and a bit less, so that the greatest is below 127 after all rounding.
+constexpr float kMeanInverse = 63.00390625f * (1 - 0x1p-20f);
+
+// `code` is the code by 2^133, `scale` the block's times kMeanScale.
+__device__ __forceinline__ float decode_mean(float code, float scale) {
+  const float q = fmaf(code, 0x1p127f, -2.0f);  // over 64
+  return q * scale * fabsf(q);
 }
 
-// `random` is in [0, 1), `inverse` is 1 / scale.
-__device__ __forceinline__ uint32_t encode_mean(float m, float inverse, float random) {
-  const float square = fabsf(m) * inverse * 16129.0f;  // of |q|
-  const float above = floor_above_2_to_23(fminf(fast_sqrt(square), 126.0f)), floor = above - k2To23;
-  // between floor^2 and (floor + 1)^2
-  const uint32_t q =
-      (__float_as_uint(above) & 0xff) + (random * (2.0f * floor + 1.0f) < square - floor * floor);
-  return m < 0.0f ? 128 - q : 128 + q;
+// `inverse` is kMeanInverse over the block's scale. All is in 16ths of a code, which floats have from 2^19
+// on.
+__device__ __forceinline__ float encode_mean(float m, float inverse, uint32_t random) {
+  constexpr float k2To19 = 0x1p19f;
+  const float square = fabsf(m) * inverse;
+  const float above = __fadd_rd(fast_sqrt(square), k2To19), floor = above - k2To19;
+  // whether `random` lies beyond the place of `square` between floor^2 and (floor + 1 / 16)^2, over 2^8
+  const float beyond =
+      fmaf(upper_half_by_2_to_141(random), fmaf(floor, 0x1p122f, 0x1p117f), fmaf(floor, floor, -square));
+  return copysignf(next_if_negative(above, beyond) - k2To19, m) + (k2To19 + 8.0f);
 }
 
-__device__ __forceinline__ float decode_square(uint32_t code, float scale) {
-  return code ? scale * fast_exp2((whole_to_float(code) - 255.0f) * (1.0f / kPerOctave)) : 0.0f;
+__device__ __forceinline__ float decode_square(float code, float scale) {
+  const float c = code * 0x1p127f;             // over 64
+  const float not_0 = __saturatef(c * 64.0f);  // 0 or 1
+  return scale * fast_exp2(c * (64.0f / kPerOctave) - 255.0f / kPerOctave) * not_0;
 }
 
-__device__ __forceinline__ uint32_t encode_square(float v, float inverse, float random) {
-  const float place = 255.0f + kPerOctave * __log2f(v * inverse);
-  const float above = floor_above_2_to_23(fminf(fmaxf(place, 1.0f), 254.0f)), floor = above - k2To23;
-  // between the values of floor and floor + 1, relative to the first
-  const float share = fast_exp2((place - floor) * (1.0f / kPerOctave)) - 1.0f;
-  const uint32_t code = (__float_as_uint(above) & 0xff) + (random * kSpacing < share);
-  return v > 0.0f ? code : 0;
+// `inverse` is 1 over the block's scale.
+__device__ __forceinline__ float encode_square(float v, float inverse, uint32_t random) {
+  constexpr float k2To23 = 0x1p23f, kBend = 0.0544f;
+  const float least = __saturatef(v * 0x1p127f);  // 0 for 0, else 1: few are as small as 2^-127
+  const float place = fmaxf(fmaf(kPerOctave, fast_log2(v * inverse), 255.0f), least);
+  const float above = __fadd_rd(fminf(place, 254.0f), k2To23), rest = place - (above - k2To23);
+  // how far v is between what two codes stand for, (2^(rest / 6.375) - 1) / (2^(1 / 6.375) - 1): fitted, to
+  // 1e-4 of the whole
+  const float share = rest * fmaf(rest, kBend, 1.0f - kBend);
+  return next_if_negative(above, fmaf(upper_half_by_2_to_141(random), 0x1p125f, -share));
 }
 
 // ---------------------------------------------------------------- memory
 
 // Elements begin, begin + 1, ... of a tensor that a thread has: E, moved in one access or few where `packs`;
 // else one by one, the first `count`.
-template <int E>
+template <int E, bool packs>
 struct Span {
   int64_t begin;
   int count;
-  bool packs;
 };
 
+// Elements of T, a whole number, as they lie in memory: one, two or four to a word.
 template <class T, int E>
-__device__ __forceinline__ void read(float (&to)[E], const void* base, Span<E> span) {
-  constexpr int N = kPack<T> < E ? kPack<T> : E;
+struct alignas(E * sizeof(T) > 16 ? 16 : E * sizeof(T)) Words {
+  static constexpr int each = 4 / sizeof(T), bits = 8 * sizeof(T);
+  uint32_t words[E / each];
+};
+
+// Elements beyond the span's are `fill`.
+template <class T, int E, bool packs>
+__device__ __forceinline__ Words<T, E> read(const void* base, Span<E, packs> span, T fill = 0) {
+  using W = Words<T, E>;
   const T* from = static_cast<const T*>(base) + span.begin;
+  if constexpr (packs) return *reinterpret_cast<const W*>(from);
+  W w{};
 #pragma unroll
-  for (int i = 0; i < E; i += N) {
-    if (span.packs) {
-      const auto v = load<N>(from + i);
-#pragma unroll
-      for (int n = 0; n < N; ++n) to[i + n] = v[n];
-    } else {
-#pragma unroll
-      for (int n = 0; n < N; ++n) to[i + n] = i + n < span.count ? to_float(from[i + n]) : 0.0f;
-    }
-  }
+  for (int i = 0; i < E; ++i)
+    w.words[i / W::each] |= uint32_t{i < span.count ? from[i] : fill} << (i % W::each * W::bits);
+  return w;
 }
 
-template <class T, int E>
-__device__ __forceinline__ void write(void* base, Span<E> span, const float (&values)[E]) {
-  constexpr int N = kPack<T> < E ? kPack<T> : E;
+template <class T, int E, bool packs>
+__device__ __forceinline__ void write(void* base, Span<E, packs> span, const Words<T, E>& w) {
+  using W = Words<T, E>;
   T* to = static_cast<T*>(base) + span.begin;
-#pragma unroll
-  for (int i = 0; i < E; i += N) {
-    float part[N];
-#pragma unroll
-    for (int n = 0; n < N; ++n) part[n] = values[i + n];
-    if (span.packs) {
-      store(to + i, Vec<T, N>::of(part));
-    } else {
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-        if (i + n < span.count) to[i + n] = from_float<T>(part[n]);
-    }
-  }
-}
-
-// Whole numbers of 8 or 16 bits.
-template <class T, int E>
-__device__ __forceinline__ void read_bits(uint32_t (&to)[E], const void* base, Span<E> span) {
-  struct alignas(E * sizeof(T)) Pack {
-    T data[E];
-  };
-  const T* from = static_cast<const T*>(base) + span.begin;
-  if (span.packs) {
-    const Pack pack = *reinterpret_cast<const Pack*>(from);
-#pragma unroll
-    for (int i = 0; i < E; ++i) to[i] = pack.data[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < E; ++i) to[i] = i < span.count ? from[i] : 0;
-  }
-}
-
-template <class T, int E>
-__device__ __forceinline__ void write_bits(void* base, Span<E> span, const uint32_t (&values)[E]) {
-  struct alignas(E * sizeof(T)) Pack {
-    T data[E];
-  } pack;
-  T* to = static_cast<T*>(base) + span.begin;
-#pragma unroll
-  for (int i = 0; i < E; ++i) pack.data[i] = static_cast<T>(values[i]);
-  if (span.packs) {
-    *reinterpret_cast<Pack*>(to) = pack;
+  if constexpr (packs) {
+    *reinterpret_cast<W*>(to) = w;
   } else {
 #pragma unroll
     for (int i = 0; i < E; ++i)
-      if (i < span.count) to[i] = pack.data[i];
+      if (i < span.count) to[i] = static_cast<T>(w.words[i / W::each] >> (i % W::each * W::bits));
   }
 }
 
 template <int E>
-__device__ __forceinline__ void read_gradient(float (&to)[E], const AdamWTensor& t, Span<E> span) {
-  if (t.grad_dtype == Dtype::f32)
-    read<float>(to, t.grad, span);
-  else if (t.grad_dtype == Dtype::bf16)
-    read<__nv_bfloat16>(to, t.grad, span);
-  else
-    read<__half>(to, t.grad, span);
+using Words32 = Words<uint32_t, E>;
+template <int E>
+using Words16 = Words<uint16_t, E>;
+
+template <int E>
+__device__ __forceinline__ void unpack(float (&to)[E], const Words32<E>& w) {
+#pragma unroll
+  for (int i = 0; i < E; ++i) to[i] = __uint_as_float(w.words[i]);
+}
+
+template <class T, int E>
+__device__ __forceinline__ void unpack(float (&to)[E], const Words16<E>& w) {
+#pragma unroll
+  for (int i = 0; i < E; ++i) to[i] = i % 2 ? Pair<T>::high(w.words[i / 2]) : Pair<T>::low(w.words[i / 2]);
+}
+
+template <int E>
+__device__ __forceinline__ Words32<E> pack(const float (&from)[E]) {
+  Words32<E> w;
+#pragma unroll
+  for (int i = 0; i < E; ++i) w.words[i] = __float_as_uint(from[i]);
+  return w;
+}
+
+template <class T, int E>
+__device__ __forceinline__ Words16<E> pack(const float (&from)[E]) {
+  Words16<E> w;
+#pragma unroll
+  for (int i = 0; i < E; i += 2) w.words[i / 2] = Pair<T>::of(from[i], from[i + 1]);
+  return w;
+}
+
+// bf16, rounded stochastically by the upper halves of `random(i)`.
+template <int E, class F>
+__device__ __forceinline__ Words16<E> pack(const float (&from)[E], F random) {
+  Words16<E> w;
+#pragma unroll
+  for (int i = 0; i < E; i += 2)
+    w.words[i / 2] = __byte_perm(round_to_bf16(from[i], random(i) >> 16),
+                                 round_to_bf16(from[i + 1], random(i + 1) >> 16), 0x5410);
+  return w;
+}
+
+template <int E>
+__device__ __forceinline__ Words<uint8_t, E> pack_lowest_bytes(const float (&from)[E]) {
+  Words<uint8_t, E> w;
+#pragma unroll
+  for (int i = 0; i < E; i += 4) {
+    const uint32_t low = __byte_perm(__float_as_uint(from[i]), __float_as_uint(from[i + 1]), 0x0040),
+                   high = __byte_perm(__float_as_uint(from[i + 2]), __float_as_uint(from[i + 3]), 0x0040);
+    w.words[i / 4] = __byte_perm(low, high, 0x5410);
+  }
+  return w;
 }
 
 // ---------------------------------------------------------------- forms
+//
+// What is read is kept as it lies in memory until all that a thread needs is on its way.
 
-template <Master form, int E>
-__device__ __forceinline__ void read_weight(float (&to)[E], const AdamWTensor& t, Span<E> span) {
-  if constexpr (form == Master::param) read<float>(to, t.param, span);
-  if constexpr (form == Master::f32) read<float>(to, t.master, span);
-  if constexpr (form == Master::none) read<__nv_bfloat16>(to, t.param, span);
-  if constexpr (form == Master::remainder) {
-    uint32_t upper[E], lower[E];
-    read_bits<uint16_t>(upper, t.param, span);
-    read_bits<uint16_t>(lower, t.master, span);
-#pragma unroll
-    for (int i = 0; i < E; ++i) to[i] = __uint_as_float((upper[i] - (lower[i] >> 15)) << 16 | lower[i]);
-  }
-}
+template <int E>
+struct Gradient {
+  Words32<E> words;  // those of 16 bits in the first half
 
-template <Master form, int E>
-__device__ __forceinline__ void write_weight(const float (&w)[E], const AdamWTensor& t, Span<E> span,
-                                             const uint32_t (&random)[E]) {
-  if constexpr (form == Master::param) write<float>(t.param, span, w);
-  if constexpr (form == Master::f32) {
-    write<float>(t.master, span, w);
-    if (t.param_dtype == Dtype::bf16)
-      write<__nv_bfloat16>(t.param, span, w);
-    else
-      write<__half>(t.param, span, w);
-  }
-  if constexpr (form == Master::none || form == Master::remainder) {
-    uint32_t upper[E], lower[E];
+  template <bool packs>
+  __device__ __forceinline__ void read_from(const AdamWTensor& t, Span<E, packs> span) {
+    if (t.grad_dtype == Dtype::f32) {
+      words = read<uint32_t>(t.grad, span);
+    } else {
+      const auto half = read<uint16_t>(t.grad, span);
 #pragma unroll
-    for (int i = 0; i < E; ++i) {
-      // the GPU's NaN is 0x7fffffff, whose upper half would round up to -0
-      const uint32_t bits = isnan(w[i]) ? 0x7fc00000u : __float_as_uint(w[i]);
-      upper[i] = form == Master::none ? round_to_bf16(w[i], random[i] & 0xffff) : (bits + 0x8000u) >> 16;
-      lower[i] = bits & 0xffff;
-    }
-    write_bits<uint16_t>(t.param, span, upper);
-    if constexpr (form == Master::remainder) write_bits<uint16_t>(t.master, span, lower);
-  }
-}
-
-template <Moments form, int E>
-__device__ __forceinline__ void read_moments(float (&m)[E], float (&v)[E], const AdamWTensor& t,
-                                             Span<E> span) {
-  if constexpr (form == Moments::f32) {
-    read<float>(m, t.exp_avg, span);
-    read<float>(v, t.exp_avg_sq, span);
-  }
-  if constexpr (form == Moments::bf16) {
-    read<__nv_bfloat16>(m, t.exp_avg, span);
-    read<__nv_bfloat16>(v, t.exp_avg_sq, span);
-  }
-  if constexpr (form == Moments::u8) {
-    const int64_t blocks = (t.size + kMomentBlock - 1) / kMomentBlock, block = span.begin / kMomentBlock;
-    const bool here = span.count > 0;
-    const float m_scale = here ? t.scales[block] : 0.0f, v_scale = here ? t.scales[blocks + block] : 0.0f;
-    uint32_t m_codes[E], v_codes[E];
-    read_bits<uint8_t>(m_codes, t.exp_avg, span);
-    read_bits<uint8_t>(v_codes, t.exp_avg_sq, span);
-#pragma unroll
-    for (int i = 0; i < E; ++i) {
-      m[i] = i < span.count ? decode_mean(m_codes[i], m_scale) : 0.0f;
-      v[i] = decode_square(v_codes[i], v_scale);
+      for (int i = 0; i < E / 2; ++i) words.words[i] = half.words[i];
     }
   }
+
+  __device__ __forceinline__ void unpack_to(float (&g)[E], Dtype dtype) const {
+    unpack(g, words);
+    Words16<E> half;
+#pragma unroll
+    for (int i = 0; i < E / 2; ++i) half.words[i] = words.words[i];
+    if (dtype == Dtype::bf16) unpack<__nv_bfloat16>(g, half);
+    if (dtype == Dtype::f16) unpack<__half>(g, half);
+  }
+};
+
+// The half of a word whose bytes `selector` names, as a signed number: a 9 or b there is the sign of byte 1
+// or 3.
+__device__ __forceinline__ uint32_t sign_extended(uint32_t word, uint32_t selector) {
+  uint32_t to;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(to) : "r"(word), "r"(selector));
+  return to;
 }
 
-// For u8 called by whole warps, each of which has one block of moments.
-template <Moments form, int E>
-__device__ __forceinline__ void write_moments(const float (&m)[E], const float (&v)[E], const AdamWTensor& t,
-                                              Span<E> span, const uint32_t (&random)[E]) {
-  if constexpr (form == Moments::f32) {
-    write<float>(t.exp_avg, span, m);
-    write<float>(t.exp_avg_sq, span, v);
+template <Master form, int E>
+struct Weight {
+  Words32<E> exact;  // of fp32 params and masters
+  Words16<E> param;  // of 16 bits
+  Words16<E> remainder;
+
+  template <bool packs>
+  __device__ __forceinline__ void read_from(const AdamWTensor& t, Span<E, packs> span) {
+    if constexpr (form == Master::param) exact = read<uint32_t>(t.param, span);
+    if constexpr (form == Master::f32) exact = read<uint32_t>(t.master, span);
+    if constexpr (form == Master::none || form == Master::remainder) param = read<uint16_t>(t.param, span);
+    if constexpr (form == Master::remainder) remainder = read<uint16_t>(t.master, span);
   }
-  if constexpr (form != Moments::f32) {
-    uint32_t m_bits[E], v_bits[E];
-    float m_scale = 0, v_scale = 0;
+
+  __device__ __forceinline__ void unpack_to(float (&w)[E]) const {
+    if constexpr (form == Master::param || form == Master::f32) unpack(w, exact);
+    if constexpr (form == Master::none) unpack<__nv_bfloat16>(w, param);
+    if constexpr (form == Master::remainder) {
+      // A remainder of 0x8000 or more had the param rounded up: as a signed number it undoes that.
+#pragma unroll
+      for (int i = 0; i < E; i += 2) {
+        const uint32_t upper = param.words[i / 2], lower = remainder.words[i / 2];
+        w[i] = __uint_as_float((upper << 16) + sign_extended(lower, 0x9910));
+        w[i + 1] = __uint_as_float((upper & 0xffff0000u) + sign_extended(lower, 0xbb32));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void pack_from(const float (&w)[E], const RandomBits (&random)[E], Dtype dtype) {
+    if constexpr (form == Master::param || form == Master::f32) exact = pack(w);
+    if constexpr (form == Master::f32)
+      param = dtype == Dtype::bf16 ? pack<__nv_bfloat16>(w) : pack<__half>(w);
+    if constexpr (form == Master::none) param = pack(w, [&](int i) { return random[i].weight(); });
+    if constexpr (form == Master::remainder) {
+#pragma unroll
+      for (int i = 0; i < E; i += 2) {
+        // as whole numbers only the GPU's NaN is greater, 0x7fffffff, whose upper half would round up to -0
+        const int a = min(__float_as_int(w[i]), 0x7fc00000), b = min(__float_as_int(w[i + 1]), 0x7fc00000);
+        param.words[i / 2] = __byte_perm(a + 0x8000, b + 0x8000, 0x7632);
+        remainder.words[i / 2] = __byte_perm(a, b, 0x5410);
+      }
+    }
+  }
+
+  template <bool packs>
+  __device__ __forceinline__ void write_to(const AdamWTensor& t, Span<E, packs> span) const {
+    if constexpr (form == Master::param) write(t.param, span, exact);
+    if constexpr (form != Master::param) write(t.param, span, param);
+    if constexpr (form == Master::f32) write(t.master, span, exact);
+    if constexpr (form == Master::remainder) write(t.master, span, remainder);
+  }
+};
+
+// The largest of a warp's numbers, none of which is negative: they are in order as whole numbers, too.
+__device__ __forceinline__ float warp_max_of_positive(float v) {
+  return __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(v)));
+}
+
+// Both moments. For u8 a warp has one block of them.
+template <Moments form, int E>
+struct MeanAndSquare {
+  using T = std::conditional_t<form == Moments::f32, uint32_t,
+                               std::conditional_t<form == Moments::bf16, uint16_t, uint8_t>>;
+  Words<T, E> mean, square;
+  float mean_scale, square_scale;  // of u8
+
+  template <bool packs>
+  __device__ __forceinline__ void read_from(const AdamWTensor& t, Span<E, packs> span) {
+    mean = read<T>(t.exp_avg, span, form == Moments::u8 ? 128 : 0);
+    square = read<T>(t.exp_avg_sq, span);
     if constexpr (form == Moments::u8) {
-#pragma unroll
-      for (int i = 0; i < E; ++i) {
-        if (i >= span.count) continue;
-        m_scale = fmaxf(m_scale, fabsf(m[i]));
-        v_scale = fmaxf(v_scale, v[i]);
-      }
-      m_scale = warp_max(m_scale);
-      v_scale = warp_max(v_scale);
+      const float* scale = t.scales + span.begin / kMomentBlock;
+      mean_scale = *scale, square_scale = scale[blocks(t)];
     }
-    const float m_inverse = m_scale > 0.0f ? 1.0f / m_scale : 0.0f,
-                v_inverse = v_scale > 0.0f ? 1.0f / v_scale : 0.0f;
-#pragma unroll
-    for (int i = 0; i < E; ++i) {
-      const uint32_t m_random = random[i] >> 16, v_random = mix(random[i] + 0x9e3779b9u) & 0xffff;
-      if constexpr (form == Moments::bf16) {
-        m_bits[i] = round_to_bf16(m[i], m_random);
-        v_bits[i] = round_to_bf16(v[i], v_random);
-      } else {
-        m_bits[i] = encode_mean(m[i], m_inverse, whole_to_float(m_random) * 0x1p-16f);
-        v_bits[i] = encode_square(v[i], v_inverse, whole_to_float(v_random) * 0x1p-16f);
-      }
+  }
+
+  __device__ __forceinline__ void unpack_to(float (&m)[E], float (&v)[E]) const {
+    if constexpr (form == Moments::f32) {
+      unpack(m, mean);
+      unpack(v, square);
     }
     if constexpr (form == Moments::bf16) {
-      write_bits<uint16_t>(t.exp_avg, span, m_bits);
-      write_bits<uint16_t>(t.exp_avg_sq, span, v_bits);
-    } else {
-      write_bits<uint8_t>(t.exp_avg, span, m_bits);
-      write_bits<uint8_t>(t.exp_avg_sq, span, v_bits);
-      const int64_t blocks = (t.size + kMomentBlock - 1) / kMomentBlock, block = span.begin / kMomentBlock;
-      if (threadIdx.x % 32 == 0 && span.count > 0)
-        t.scales[block] = m_scale, t.scales[blocks + block] = v_scale;
+      unpack<__nv_bfloat16>(m, mean);
+      unpack<__nv_bfloat16>(v, square);
+    }
+    if constexpr (form == Moments::u8) {
+      const float scale = mean_scale * kMeanScale;
+#pragma unroll
+      for (int i = 0; i < E; ++i) {
+        m[i] = decode_mean(byte_by_2_to_133(mean.words[i / 4], i % 4), scale);
+        v[i] = decode_square(byte_by_2_to_133(square.words[i / 4], i % 4), square_scale);
+      }
     }
   }
-}
+
+  __device__ __forceinline__ void pack_from(const float (&m)[E], const float (&v)[E],
+                                            const RandomBits (&random)[E]) {
+    if constexpr (form == Moments::f32) {
+      mean = pack(m);
+      square = pack(v);
+    }
+    if constexpr (form == Moments::bf16) {
+      mean = pack(m, [&](int i) { return random[i].mean(); });
+      square = pack(v, [&](int i) { return random[i].square(); });
+    }
+    if constexpr (form == Moments::u8) {
+      mean_scale = square_scale = 0;
+#pragma unroll
+      for (int i = 0; i < E; ++i) {
+        mean_scale = fmaxf(mean_scale, fabsf(m[i]));
+        square_scale = fmaxf(square_scale, v[i]);
+      }
+      mean_scale = warp_max_of_positive(mean_scale);
+      square_scale = warp_max_of_positive(square_scale);
+      const float of_mean = __fdividef(kMeanInverse, fmaxf(mean_scale, kTiny)),
+                  of_square = __fdividef(1.0f, fmaxf(square_scale, kTiny));
+      float m_codes[E], v_codes[E];
+#pragma unroll
+      for (int i = 0; i < E; ++i) {
+        m_codes[i] = encode_mean(m[i], of_mean, random[i].mean());
+        v_codes[i] = encode_square(v[i], of_square, random[i].square());
+      }
+      mean = pack_lowest_bytes(m_codes);
+      square = pack_lowest_bytes(v_codes);
+    }
+  }
+
+  template <bool packs>
+  __device__ __forceinline__ void write_to(const AdamWTensor& t, Span<E, packs> span) const {
+    write(t.exp_avg, span, mean);
+    write(t.exp_avg_sq, span, square);
+    if constexpr (form == Moments::u8) {
+      float* scale = t.scales + span.begin / kMomentBlock;
+      if (threadIdx.x % 32 == 0) *scale = mean_scale, scale[blocks(t)] = square_scale;
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int64_t blocks(const AdamWTensor& t) {
+    return (t.size + kMomentBlock - 1) / kMomentBlock;
+  }
+};
 
 // ---------------------------------------------------------------- kernels
 
@@ -336,31 +463,76 @@ __device__ Step step_of(const Table& table, int group) {
        static_cast<float>(1 - g.beta1), static_cast<float>(1 - g.beta2),
        static_cast<float>(g.lr / (1 - pow(g.beta1, g.step))),
        static_cast<float>(1 / sqrt(1 - pow(g.beta2, g.step))), table.grad_scale ? *table.grad_scale : 1.0f},
-      mix(mix(table.seed + 0x9e3779b9u) + static_cast<uint32_t>(static_cast<int64_t>(g.step)))};
+      mix(mix(table.seed + kGolden) + static_cast<uint32_t>(static_cast<int64_t>(g.step)))};
 }
 
-template <Master master, Moments moments, int E>
-__device__ __forceinline__ void step_span(const AdamWTensor& t, const Step& step, Span<E> span) {
-  const AdamWStep& s = step.numbers;
-  float g[E], m[E], v[E], w[E];
-  read_gradient(g, t, span);
-  read_moments<moments>(m, v, t, span);
-  read_weight<master>(w, t, span);
-  uint32_t random[E];
+// Of the elements first, first + 1, ...
+template <int E>
+__device__ __forceinline__ void draw(RandomBits (&to)[E], uint32_t key, int64_t first) {
+  const auto low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
+  const uint32_t x = low * kGolden + mix(key + high);
 #pragma unroll
-  for (int i = 0; i < E; ++i) {
-    g[i] *= s.grad_scale;
-    m[i] += (g[i] - m[i]) * s.new1;
-    v[i] = s.beta2 * v[i] + s.new2 * g[i] * g[i];
-    w[i] = w[i] * s.keep - s.step_size * __fdividef(m[i], fast_sqrt(v[i]) * s.root_scale + s.eps);
-    random[i] = random_bits(step.key, t.first + span.begin + i);
+  for (int i = 0; i < E; ++i) to[i] = RandomBits::of(x + i * kGolden);
+  if (low > UINT_MAX - (E - 1)) {
+    const uint32_t beyond = low * kGolden + mix(key + high + 1);
+#pragma unroll
+    for (int i = 1; i < E; ++i)
+      if (low + i < low) to[i] = RandomBits::of(beyond + i * kGolden);
   }
-  write_moments<moments>(m, v, t, span, random);
-  write_weight<master>(w, t, span, random);
+}
+
+// m / (root of v + eps)
+template <Moments form>
+__device__ __forceinline__ float direction(float m, float v, const AdamWStep& s) {
+  if constexpr (form == Moments::u8)
+    return m * fast_reciprocal(fast_sqrt(v + FLT_MIN) * s.root_scale + s.eps);
+  else
+    return __fdividef(m, sqrt_approximately(v) * s.root_scale + s.eps);
 }
 
 template <Master master, Moments moments>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__ Table table) {
+struct Elements {
+  static constexpr int E = kEach<moments>;
+  Gradient<E> gradient;
+  MeanAndSquare<moments, E> both;
+  Weight<master, E> weight;
+
+  template <bool packs>
+  __device__ __forceinline__ void read_from(const AdamWTensor& t, Span<E, packs> span) {
+    both.read_from(t, span);
+    weight.read_from(t, span);
+    gradient.read_from(t, span);
+  }
+
+  __device__ __forceinline__ void step(const AdamWTensor& t, const Step& step, int64_t begin) {
+    const AdamWStep& s = step.numbers;
+    float g[E], m[E], v[E], w[E];
+    gradient.unpack_to(g, t.grad_dtype);
+    both.unpack_to(m, v);
+    weight.unpack_to(w);
+#pragma unroll
+    for (int i = 0; i < E; ++i) {
+      g[i] *= s.grad_scale;
+      m[i] += (g[i] - m[i]) * s.new1;
+      v[i] = s.beta2 * v[i] + s.new2 * g[i] * g[i];
+      w[i] = w[i] * s.keep - s.step_size * direction<moments>(m[i], v[i], s);
+    }
+    RandomBits random[E];
+    draw(random, step.key, t.first + begin);
+    both.pack_from(m, v, random);
+    weight.pack_from(w, random, t.param_dtype);
+  }
+
+  template <bool packs>
+  __device__ __forceinline__ void write_to(const AdamWTensor& t, Span<E, packs> span) const {
+    both.write_to(t, span);
+    weight.write_to(t, span);
+  }
+};
+
+template <Master master, Moments moments>
+__global__ void __launch_bounds__(kThreads, moments == Moments::u8 ? 3 : 4)
+    adamw_kernel(const __grid_constant__ Table table) {
   constexpr int E = kEach<moments>;
   __shared__ Step steps[kMaxGroups];
   if (threadIdx.x < table.group_count) steps[threadIdx.x] = step_of(table, threadIdx.x);
@@ -370,8 +542,19 @@ __global__ void __launch_bounds__(kThreads) adamw_kernel(const __grid_constant__
     while (chunk >= table.first_chunk[at + 1]) ++at;
     const AdamWTensor& t = table.tensors[at];
     const int64_t begin = (static_cast<int64_t>(chunk - table.first_chunk[at]) * kThreads + threadIdx.x) * E;
-    const int count = static_cast<int>(min(max(t.size - begin, int64_t{0}), int64_t{E}));
-    step_span<master, moments>(t, steps[t.group], Span<E>{begin, count, t.packs && count == E});
+    if (begin - threadIdx.x % 32 * E >= t.size) continue;  // by whole warps, which share a block of moments
+    const int count = static_cast<int>(min(t.size - begin, int64_t{E}));
+    const bool packs = t.packs && count == E;
+    Elements<master, moments> elements;
+    if (packs)
+      elements.read_from(t, Span<E, true>{begin, E});
+    else
+      elements.read_from(t, Span<E, false>{begin, count});
+    elements.step(t, steps[t.group], begin);
+    if (packs)
+      elements.write_to(t, Span<E, true>{begin, E});
+    else
+      elements.write_to(t, Span<E, false>{begin, count});
   }
 }
 

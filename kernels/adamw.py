@@ -119,9 +119,6 @@ def adamw(
 
 
 def _choose(param: torch.Tensor, exp_avgs: Tensors, masters: Tensors, backend: str | None) -> str:
-    eight = len(exp_avgs) and getattr(exp_avgs[0], "dtype", None) == torch.uint8
-    if eight and backend is None and backends.FORCED is None:
-        return backends.choose("adamw_8bit", param, None)
     chosen = backends.choose("adamw", param, backend)
     if chosen != "cpu":
         return chosen

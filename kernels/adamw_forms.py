@@ -42,8 +42,12 @@ def random_bits(first: int, count: int, seed: int, step, device: torch.device) -
     """
     key = _mix(_mix(seed + _GOLDEN & _ALL) + step & _ALL)
     element = torch.arange(first, first + count, device=device)
-    r = _mix(_mix((element & _ALL) ^ key) + (element >> 32) + key & _ALL)
-    return r & 0xFFFF, r >> 16, _mix(r + _GOLDEN & _ALL) & 0xFFFF
+    x = (element & _ALL) * _GOLDEN + _mix(key + (element >> 32) & _ALL) & _ALL
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _ALL
+    mean = (x ^ (x >> 15)) * 0x846CA68B & _ALL
+    square = mean * _GOLDEN & _ALL
+    weight = square * _GOLDEN & _ALL
+    return weight >> 16, mean >> 16, square >> 16
 
 
 # ---------------------------------------------------------------- bf16

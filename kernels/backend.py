@@ -21,8 +21,7 @@ from . import library
 FORCED = os.environ.get("OPENLLAMA_BACKEND") or None
 
 #: Backends of each op, the preferred one first. On a GPU: what benchmarks/results/ops-*.json has as the faster one, or
-#: `cuda` where the two differ by less than a tenth, as its launch takes less of the host's time. adamw_8bit is adamw with
-#: 8-bit moments.
+#: `cuda` where the two differ by less than a tenth, as its launch takes less of the host's time.
 TABLE: dict[str, tuple[str, ...]] = {
     "rms_norm": ("cuda", "triton", "cpu", "reference"),
     "rotary": ("cuda", "triton", "cpu", "reference"),
@@ -32,7 +31,6 @@ TABLE: dict[str, tuple[str, ...]] = {
     "scale": ("cuda", "reference"),
     "embedding": ("cuda", "triton", "reference"),
     "adamw": ("cuda", "triton", "cpu", "reference"),
-    "adamw_8bit": ("triton", "cuda", "reference"),
     "grad_norm": ("cuda", "triton", "reference"),
     "attention": ("torch", "reference"),
 }

@@ -110,15 +110,15 @@ def _adamw(
         v = beta2 * v + new2 * g * g
         # not w (1 - decay) - ..., whose factor would be rounded to a step of 6e-8
         w -= decay * w + step_size * m / (tl.sqrt(v) * root_scale + eps)
-        r, r2 = random_bits(key, first + at)
-        store_moments(exp_avg, exp_avg_sq, scales, blocks, block, at, inside, m, v, r, r2)
+        w_noise, m_noise, v_noise = random_bits(key, first + begin, at - begin)
+        store_moments(exp_avg, exp_avg_sq, scales, blocks, block, at, inside, m, v, m_noise, v_noise)
         if MASTER == "fp32":
             tl.store(pointer(master_address, UNIT, tl.float32) + at, w, mask=inside)
         if MASTER == "remainder":
             new_param, rest = split(w)
             tl.store(pointer(master_address, UNIT, tl.int16) + at, rest, mask=inside)
         elif MASTER == "none":
-            new_param = to_bf16(w, r & 0xFFFF)
+            new_param = to_bf16(w, w_noise)
         else:
             new_param = w.to(PARAM)
         tl.store(param + at, new_param, mask=inside)

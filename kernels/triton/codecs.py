@@ -26,10 +26,17 @@ def random_key(seed, step):
 
 
 @triton.jit
-def random_bits(key, element):
-    """Two uint32 for each element's number (int64), which don't depend on how tensors are cut."""
-    r = _mix(_mix(element.to(tl.uint32) ^ key) + (element >> 32).to(tl.uint32) + key)
-    return r, _mix(r + 0x9E3779B9)
+def random_bits(key, first, offset):
+    """16 bits (uint32) each to round weight, exp_avg and exp_avg_sq of the elements first + offset, which don't
+    depend on how tensors are cut. first: int64; offset: a block of whole numbers below 2^32."""
+    low = first.to(tl.uint32)
+    element = low + offset.to(tl.uint32)
+    high = (first >> 32).to(tl.uint32)
+    x = element * 0x9E3779B9 + tl.where(element < low, _mix(key + high + 1), _mix(key + high))
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    mean = (x ^ (x >> 15)) * 0x846CA68B
+    square = mean * 0x9E3779B9
+    return (square * 0x9E3779B9) >> 16, mean >> 16, square >> 16
 
 
 @triton.jit
@@ -151,17 +158,17 @@ def load_moments(exp_avg, exp_avg_sq, scales, blocks, block, at, inside):
 
 
 @triton.jit
-def store_moments(exp_avg, exp_avg_sq, scales, blocks, block, at, inside, m, v, r, r2):
+def store_moments(exp_avg, exp_avg_sq, scales, blocks, block, at, inside, m, v, m_noise, v_noise):
     if exp_avg.dtype.element_ty == tl.uint8:
         there = block < blocks
         m_scale, v_scale = tl.max(tl.abs(m), axis=1), tl.max(v, axis=1)
         tl.store(scales + block, m_scale, mask=there)
         tl.store(scales + blocks + block, v_scale, mask=there)
-        tl.store(exp_avg + at, encode_exp_avg(m, m_scale[:, None], r >> 16), mask=inside)
-        tl.store(exp_avg_sq + at, encode_exp_avg_sq(v, v_scale[:, None], r2 & 0xFFFF), mask=inside)
+        tl.store(exp_avg + at, encode_exp_avg(m, m_scale[:, None], m_noise), mask=inside)
+        tl.store(exp_avg_sq + at, encode_exp_avg_sq(v, v_scale[:, None], v_noise), mask=inside)
     elif exp_avg.dtype.element_ty == tl.bfloat16:
-        tl.store(exp_avg + at, to_bf16(m, r >> 16), mask=inside)
-        tl.store(exp_avg_sq + at, to_bf16(v, r2 & 0xFFFF), mask=inside)
+        tl.store(exp_avg + at, to_bf16(m, m_noise), mask=inside)
+        tl.store(exp_avg_sq + at, to_bf16(v, v_noise), mask=inside)
     else:
         tl.store(exp_avg + at, m, mask=inside)
         tl.store(exp_avg_sq + at, v, mask=inside)

@@ -67,8 +67,11 @@ def test_random_bits_are_those_of_uint32(device, seed, step, first):
     e = first + np.arange(20, dtype=np.int64)
     one = np.ones(20, np.uint32)  # arrays wrap without a warning
     key = mix(mix(one * np.uint32(seed) + np.uint32(0x9E3779B9)) + np.uint32(step))
-    r = mix(mix((e & 0xFFFFFFFF).astype(np.uint32) ^ key) + (e >> 32).astype(np.uint32) + key)
-    expected = r & 0xFFFF, r >> 16, mix(r + np.uint32(0x9E3779B9)) & 0xFFFF
+    golden = np.uint32(0x9E3779B9)
+    x = (e & 0xFFFFFFFF).astype(np.uint32) * golden + mix(key + (e >> 32).astype(np.uint32))
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    mean = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    expected = [word >> np.uint32(16) for word in (mean * golden * golden, mean, mean * golden)]
     steps = step, torch.tensor(step, device=device)
     for ours in (forms.random_bits(first, 20, seed, s, torch.device(device)) for s in steps):
         assert all(o.tolist() == e.tolist() for o, e in zip(ours, expected))

@@ -60,7 +60,10 @@ def launches():
         return torch.empty(shape, dtype=dtype, device="meta")
 
     rstd = empty(8192, dtype=fp32)
-    for hidden, dtype in ((128, bf16), (4096, bf16), (8192, fp32), (16_384, bf16), (32_768, bf16)):
+    for hidden, dtype in (
+        (128, bf16), (768, bf16), (4096, bf16), (5120, bf16), (5120, fp32), (8192, fp32), (12_288, fp32),
+        (16_384, bf16), (32_768, bf16),
+    ):  # fmt: skip
         x, weight = empty(8192, hidden, dtype=dtype), empty(hidden, dtype=fp32)
         rms_norm.rms_norm_fwd(x, x, weight, 1e-6)
         rms_norm.rms_norm_bwd(x, x, x, weight, rstd, True, True)
