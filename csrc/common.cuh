@@ -146,9 +146,9 @@ __device__ __forceinline__ float warp_max(float v) {
 // number is given all 16, and a processor has 64: elsewhere that would leave it four blocks.
 template <bool several>
 struct RowSum {
-  float warps[2][32];  // two, as a slow warp may still read one sum when the next one is written
+  float warps[3][32];  // several, as a slow warp may still read one sum when the next one is written
 
-  // Every thread gets the sum of its row's v; `turn` is 0, 1, 0, 1, ... from call to call.
+  // Every thread gets the sum of its row's v; `turn` is 0, 1, 0, 1, ... from call to call, or 0, 1, 2, 0, ...
   __device__ __forceinline__ float operator()(float v, int turn) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = blockDim.x / 32;
     float* row = warps[turn] + (several ? threadIdx.y * count : 0);

@@ -40,6 +40,7 @@ struct RmsNormBwd {
   int64_t rows, hidden, dy_stride, dh_stride, h_stride;
   int64_t blocks;
   Dtype dtype, weight_dtype;
+  int stages;  // how many rows deep shared memory is; set by the launcher
 };
 
 // Turns the pairs of the first rotary_dim elements of each of the first `rotated` heads: (i, i + rotary_dim /
@@ -152,8 +153,8 @@ struct GradNormTensor {
 #ifdef USE_CUDA
 namespace cuda {
 cudaError_t rms_norm_fwd(const RmsNormFwd&, cudaStream_t);
-int64_t rms_norm_bwd_blocks(const RmsNormBwd&);  // how many blocks, and rows of dweight_blocks, it will use
-cudaError_t rms_norm_bwd(const RmsNormBwd&, cudaStream_t);
+int64_t rms_norm_bwd_blocks(RmsNormBwd);  // how many blocks, and rows of dweight_blocks, it will use
+cudaError_t rms_norm_bwd(RmsNormBwd, cudaStream_t);
 cudaError_t rotary(const Rotary&, cudaStream_t);
 cudaError_t swiglu_fwd(const Swiglu&, cudaStream_t);
 cudaError_t swiglu_bwd(const Swiglu&, cudaStream_t);

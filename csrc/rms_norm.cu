@@ -4,8 +4,8 @@
 // a warp (qk-norm's 64 or 128 columns), a warp, or as many warps as give each thread two or four accesses of
 // 16 bytes. Forward's blocks take a row, or some where rows are short. Backward's walk over rows, with the
 // next ones on their way to shared memory: a block fills its processor, and each of its threads keeps its
-// columns of dweight in registers, so that there are as few partial sums as processors. A second kernel adds
-// them in a fixed order, so that every run gives the same bits.
+// columns of dweight (and of the weight) in registers, so that there are as few partial sums as processors. A
+// second kernel adds them in a fixed order, so that every run gives the same bits.
 //
 // Rows that do not lie on 16 bytes, or are longer than that, go element by element and are read twice.
 #include <climits>
@@ -16,17 +16,16 @@ namespace openllama::cuda {
 namespace {
 
 constexpr int kPacks = 4;         // accesses of a thread to a row, at most
-constexpr int kMaxThreads = 512;  // of a row
+constexpr int kMaxThreads = 512;  // of a row of four accesses each
 constexpr int kFwdThreads = 128;  // of a block that takes several rows
 constexpr int kMaxRows = 15;      // of a block whose rows take several warps: as many barriers as there are
-constexpr int kStages = 2;        // rows of backward on their way or in work
 constexpr int kFwdShortRow = 8 * 1024;  // bytes of a row, up to which two accesses do
-constexpr int kBwdShortRow = 16 * 1024;
-constexpr int kLooseThreads = 512;     // of a row that goes element by element
-constexpr int kMaxShared = 64 * 1024;  // then: 16,384 columns of dweight
+constexpr int kBwdShared = 96 * 1024;   // bytes of backward's rows: three deep where they fit, else two
+constexpr int kLooseThreads = 512;      // of a row that goes element by element
+constexpr int kMaxShared = 64 * 1024;   // then: 16,384 columns of dweight
 
 // Threads of a block of backward, at most, by the accesses of each to a row.
-constexpr unsigned bwd_threads(int packs) { return packs < kPacks ? 1024 : 512; }
+constexpr unsigned bwd_threads(int packs) { return packs == 1 ? 1024 : packs == 2 ? 768 : kMaxThreads; }
 
 // ---------------------------------------------------------------- rows by accesses of 16 bytes
 
@@ -101,23 +100,48 @@ __global__ void __launch_bounds__(P == 1 ? kFwdThreads : kMaxThreads, 1) fwd_ker
 
 // The inputs of backward come through shared memory: for the next rows there is no room in registers.
 // Each thread copies and reads its own columns only, so that it has nothing to wait for but its own copies.
-template <class T, int P>
-struct Stage {
-  uint4* slots;  // of this thread: (kStages, arrays, P), a block of threads apart
-  int arrays;
+template <class T, int P, int arrays>
+struct Stages {
+  uint4* slots;           // of this thread: (stages, arrays, P), a block of threads apart
+  const T* next[arrays];  // this thread's first column of the row to be fetched next
+  int64_t jumps[arrays];  // from there to the one after that
 
   __device__ __forceinline__ uint4* slot(int stage, int array, int k) const {
     return slots + ((stage * arrays + array) * P + k) * (blockDim.x * blockDim.y);
   }
-  __device__ __forceinline__ void fetch(int stage, int array, const void* base, int64_t offset,
-                                        int hidden) const {
-    const T* from = static_cast<const T*>(base) + offset;
+  __device__ __forceinline__ void fetch(int stage, bool there, int hidden) {
 #pragma unroll
-    for (int k = 0; k < P; ++k)
-      if (column<T>(k) < hidden) copy_async(slot(stage, array, k), from + column<T>(k));
+    for (int array = 0; array < arrays; ++array) {
+#pragma unroll
+      for (int k = 0; k < P; ++k)
+        if (there && column<T>(k) < hidden)
+          copy_async(slot(stage, array, k), next[array] + k * blockDim.x * kPack<T>);
+      next[array] += jumps[array];
+    }
+    copies_end();
   }
   __device__ __forceinline__ Vec<T, kPack<T>> read(int stage, int array, int k) const {
     return load<kPack<T>>(reinterpret_cast<const T*>(slot(stage, array, k)));
+  }
+};
+
+// This thread's part of the weight: held where there are registers for it, else read, from L1, for each row.
+template <class W, int P, int N>
+struct Weight {
+  static constexpr bool held = P == 2;
+  const W* from;
+  Vec<W, N> packs[held ? P : 1];
+
+  __device__ __forceinline__ Weight(const RmsNormBwd& a, int begin)
+      : from(static_cast<const W*>(a.weight) + begin) {
+    if constexpr (held)
+#pragma unroll
+      for (int k = 0; k < P; ++k)
+        if (begin + k * blockDim.x * N < a.hidden) packs[k] = load<N>(from + k * blockDim.x * N);
+  }
+  __device__ __forceinline__ Vec<W, N> operator[](int k) const {
+    if constexpr (held) return packs[k];
+    return load<N>(from + k * blockDim.x * N);
   }
 };
 
@@ -131,41 +155,42 @@ __device__ void write_dweight(const RmsNormBwd& a, const float* rows) {
   }
 }
 
-template <class T, class W, int P>
+template <class T, class W, int P, bool residual>
 __global__ void __launch_bounds__(bwd_threads(P)) bwd_kernel(RmsNormBwd a) {
-  constexpr int N = kPack<T>;
+  constexpr int N = kPack<T>, arrays = residual ? 3 : 2;
   extern __shared__ uint4 shared[];  // the stages, and at the end the rows of dweight
   __shared__ RowSum<true> sums;
   const int hidden = static_cast<int>(a.hidden);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  const Stage<T, P> stage{shared + threadIdx.y * blockDim.x + threadIdx.x, a.dh ? 3 : 2};
-  const W* weight = static_cast<const W*>(a.weight);
-  float dweight[P][N] = {};
-  const auto fetch = [&](int64_t i, int at) {
-    if (i < a.rows) {
-      stage.fetch(at, 0, a.dy, i * a.dy_stride, hidden);
-      stage.fetch(at, 1, a.h, i * a.h_stride, hidden);
-      if (a.dh) stage.fetch(at, 2, a.dh, i * a.dh_stride, hidden);
-    }
-    copies_end();
-  };
   int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  Stages<T, P, arrays> stages{shared + threadIdx.y * blockDim.x + threadIdx.x};
+  const auto add = [&](int array, const void* base, int64_t stride) {
+    stages.next[array] = static_cast<const T*>(base) + i * stride + column<T>(0);
+    stages.jumps[array] = step * stride;
+  };
+  add(0, a.dy, a.dy_stride);
+  add(1, a.h, a.h_stride);
+  if constexpr (residual) add(2, a.dh, a.dh_stride);
+  stages.fetch(0, i < a.rows, hidden);
+  if (a.stages == 3) stages.fetch(1, i + step < a.rows, hidden);
   float next_rstd = i < a.rows ? a.rstd[i] : 0.0f;
-  fetch(i, 0);
+  const Weight<W, P, N> weight(a, column<T>(0));
+  float dweight[P][N] = {};
+  T* dx_row = static_cast<T*>(a.dx) + i * a.hidden + column<T>(0);
   int turn = 0;
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.y; base < a.rows; base += step, i += step) {
     const bool here = i < a.rows;
     const float rstd = next_rstd;
     if (i + step < a.rows) next_rstd = a.rstd[i + step];
-    fetch(i + step, turn ^ 1);
-    copies_wait<1>();
+    stages.fetch(turn ? turn - 1 : a.stages - 1, i + (a.stages - 1) * step < a.rows, hidden);
+    a.stages == 2 ? copies_wait<1>() : copies_wait<2>();
     Vec<T, N> dy[P], h[P];
     float dot = 0;
 #pragma unroll
     for (int k = 0; k < P; ++k) {
       if (column<T>(k) >= hidden || !here) continue;
-      dy[k] = stage.read(turn, 0, k), h[k] = stage.read(turn, 1, k);
-      const auto w = load<N>(weight + column<T>(k));
+      dy[k] = stages.read(turn, 0, k), h[k] = stages.read(turn, 1, k);
+      const auto w = weight[k];
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         dot += dy[k][n] * w[n] * h[k][n];
@@ -176,18 +201,19 @@ __global__ void __launch_bounds__(bwd_threads(P)) bwd_kernel(RmsNormBwd a) {
 #pragma unroll
     for (int k = 0; k < P; ++k) {
       if (column<T>(k) >= hidden || !here || !a.dx) continue;
-      const auto w = load<N>(weight + column<T>(k));
+      const auto w = weight[k];
       float dx[N];
 #pragma unroll
       for (int n = 0; n < N; ++n) dx[n] = dy[k][n] * w[n] * rstd - h[k][n] * scale;
-      if (a.dh) {
-        const auto dh = stage.read(turn, 2, k);
+      if constexpr (residual) {
+        const auto dh = stages.read(turn, 2, k);
 #pragma unroll
         for (int n = 0; n < N; ++n) dx[n] += dh[n];
       }
-      store(static_cast<T*>(a.dx) + i * a.hidden + column<T>(k), Vec<T, N>::of(dx));
+      store(dx_row + k * blockDim.x * N, Vec<T, N>::of(dx));
     }
-    turn ^= 1;
+    dx_row += step * a.hidden;
+    turn = turn + 1 < a.stages ? turn + 1 : 0;
   }
   if (!a.dweight) return;
   float* rows = reinterpret_cast<float*>(shared);
@@ -290,11 +316,12 @@ bool on_16_bytes(const RmsNormBwd& a) {
          aligned(a.h, a.h_stride * size) && aligned(a.weight) && aligned(a.dx);
 }
 
-// Accesses of a thread to a row: few to a short one, whose block would else be too small to hide its sum.
+// Accesses of a thread to a row. Forward: few to a short one, whose block would else be too small to hide its
+// sum. Backward: two where a block has threads enough.
 template <class Args>
 int row_packs(const Args& a) {
   const int64_t bytes = a.hidden * size_of(a.dtype);
-  const int64_t short_row = std::is_same_v<Args, RmsNormFwd> ? kFwdShortRow : kBwdShortRow;
+  const int64_t short_row = std::is_same_v<Args, RmsNormFwd> ? kFwdShortRow : 2 * 16 * bwd_threads(2);
   return bytes <= 32 * 16 ? 1 : bytes <= short_row ? 2 : kPacks;
 }
 
@@ -346,23 +373,26 @@ unsigned bwd_rows(unsigned threads, int packs, int64_t stage, int64_t most) {
   return rows;
 }
 
-cudaError_t plan_bwd(const RmsNormBwd& a, BwdPlan& plan) {
+cudaError_t plan_bwd(RmsNormBwd& a, BwdPlan& plan) {
   int device = 0, most = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   most -= sizeof(RowSum<true>);
   const unsigned threads = row_threads(a);
   const int packs = row_packs(a);
-  const int64_t stage = int64_t{kStages} * (a.dh ? 3 : 2) * packs * sizeof(uint4) * threads;
-  const unsigned rows = threads ? bwd_rows(threads, packs, stage, most) : 0;
+  const int64_t row = int64_t{a.dh ? 3 : 2} * packs * sizeof(uint4) * threads;  // bytes, of all arrays
+  const unsigned rows = threads ? bwd_rows(threads, packs, 2 * row, most) : 0;
+  a.stages = 3 * row * rows <= std::min(most, kBwdShared) ? 3 : 2;
   const cudaError_t error = with_dtypes(a, [&](auto t, auto w) {
     using T = decltype(t);
     using W = decltype(w);
-    plan.kernel = rows ? with_packs(a, [](auto p) { return bwd_kernel<T, W, p>; }) : loose_bwd_kernel<T, W>;
+    plan.kernel = !rows ? loose_bwd_kernel<T, W> : with_packs(a, [&](auto p) {
+      return a.dh ? bwd_kernel<T, W, p, true> : bwd_kernel<T, W, p, false>;
+    });
     return cudaSuccess;
   });
   plan.block = rows ? dim3(threads, rows) : dim3(loose_threads(a.hidden));
-  plan.shared = rows ? stage * rows : a.dweight ? a.hidden * int64_t{sizeof(float)} : 0;
+  plan.shared = rows ? a.stages * row * rows : a.dweight ? a.hidden * int64_t{sizeof(float)} : 0;
   if (error != cudaSuccess || plan.shared <= 32 * 1024) return error;
   // always to the same limit: another thread's launch may come in between
   return cudaFuncSetAttribute(plan.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -390,18 +420,18 @@ cudaError_t rms_norm_fwd(const RmsNormFwd& a, cudaStream_t stream) {
   });
 }
 
-int64_t rms_norm_bwd_blocks(const RmsNormBwd& a) {
+int64_t rms_norm_bwd_blocks(RmsNormBwd a) {
   BwdPlan plan;
   if (a.rows == 0 || plan_bwd(a, plan) != cudaSuccess) return 1;
-  int64_t resident = resident_blocks(plan.kernel, static_cast<int>(plan.block.x * plan.block.y), plan.shared);
-  // Processors don't keep step: in short runs of long rows twice the blocks balance them better, at the price
-  // of twice the partial sums (on an H200 16,384 x 8,192: 0.86 of copy instead of 0.78).
-  const int64_t rounds = ceil_div(a.rows, plan.block.y * resident);
-  if (a.hidden * size_of(a.dtype) >= kBwdShortRow && rounds < 128) resident *= 2;
-  return even_blocks(ceil_div(a.rows, plan.block.y), resident);
+  const int64_t resident =
+      resident_blocks(plan.kernel, static_cast<int>(plan.block.x * plan.block.y), plan.shared);
+  // On Hopper's 132 processors 128 blocks are up to 8% faster than 132, and than any other number measured.
+  int64_t power = 1;
+  while (2 * power <= resident) power *= 2;
+  return even_blocks(ceil_div(a.rows, plan.block.y), power > resident - resident / 16 ? power : resident);
 }
 
-cudaError_t rms_norm_bwd(const RmsNormBwd& a, cudaStream_t stream) {
+cudaError_t rms_norm_bwd(RmsNormBwd a, cudaStream_t stream) {
   if (a.hidden == 0) return cudaSuccess;
   BwdPlan plan;
   cudaError_t error = plan_bwd(a, plan);
