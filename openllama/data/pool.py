@@ -10,10 +10,11 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -55,15 +56,17 @@ def ordered_map(
     stop = context.Event()
     pool = ProcessPoolExecutor(processes, context, _start, (function, shared, stop))
     waiting: deque[Future[Result]] = deque()
+    done: SimpleQueue[Future[Result]] = SimpleQueue()
     with _no_main_module(), _sigterm_as_exit(), pool:
         try:
             for item in work:
-                with _signals_held():  # a process that starts would end with a traceback of its own
+                with _signals(signal.SIG_BLOCK):
                     waiting.append(pool.submit(_call, item))
+                    waiting[-1].add_done_callback(done.put)
                 if len(waiting) > 4 * processes:
-                    yield _first(waiting)
+                    yield _first(waiting, done)
             while waiting:
-                yield _first(waiting)
+                yield _first(waiting, done)
         except BrokenProcessPool:
             raise ChildProcessError(
                 f"one of {processes} worker processes was killed, perhaps for the memory it took; run again with fewer "
@@ -74,19 +77,22 @@ def ordered_map(
             pool.shutdown(cancel_futures=True)  # and waits: no worker may write once the caller goes on
 
 
-def _first(waiting: deque[Future[Result]]) -> Result:
-    """The oldest result; but the error of any, which need not wait for it."""
-    while not waiting[0].done():
-        wait([future for future in waiting if not future.done()], return_when=FIRST_COMPLETED)
-        for future in waiting:
-            if future.done() and (error := future.exception()):
+def _first(waiting: deque[Future[Result]], done: SimpleQueue[Future[Result]]) -> Result:
+    """The oldest result; but the error of any, which need not wait for it. `done` has them as they come."""
+    with _signals(signal.SIG_BLOCK):
+        while not waiting[0].done() or not done.empty():
+            with _signals(signal.SIG_UNBLOCK):
+                future = done.get()
+            if error := future.exception():
                 raise error
-    return waiting.popleft().result()
+        return waiting.popleft().result()
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals(how: int) -> Iterator[None]:
+    """Holds back, or lets in, what asks to end. An exception amid the pool's own code would leave its locks taken, for
+    ever; threads and processes that it starts hold signals back as well, and leave them to this one."""
+    before = signal.pthread_sigmask(how, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -124,6 +130,7 @@ def _start(function: Callable[..., Any], shared: tuple[Any, ...], stop: Any) -> 
     _function, _shared, _stop = function, shared, stop
     # Ctrl-C reaches all: the process that hands out work ends it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # with which a pool ends its processes
     signal_at_parents_death(signal.SIGKILL)  # also of one that is stopped, as by SIGSTOP
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 

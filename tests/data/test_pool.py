@@ -1,11 +1,13 @@
 """Processes that leave with the one that uses them."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,22 @@ def test_a_worker_that_is_killed_is_named():
         ChildProcessError, match=r"one of 2 worker processes was killed, .*run again with fewer"
     ):
         list(ordered_map(die, range(10), 2))
+
+
+def test_a_signal_waits_for_the_pools_own_code(monkeypatch):
+    """An exception there would leave locks taken, and the process waiting for ever: one in ten did."""
+    submit, whole = ProcessPoolExecutor.submit, []
+
+    def interrupted(self, *arguments):
+        if len(whole) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole.append(submit(self, *arguments))
+        return whole[-1]
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        list(ordered_map(add, itertools.count(), 2, (1,)))
+    assert stopped.value.code == 143 and len(whole) == 4
 
 
 def children(pid):
