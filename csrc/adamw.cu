@@ -256,9 +256,9 @@ __device__ __forceinline__ void draw(RandomBits (&to)[E], uint32_t key, int64_t 
 template <Moments form>
 __device__ __forceinline__ float direction(float m, float v, const AdamWStep& s) {
   if constexpr (form == Moments::u8)
-    return m * fast_reciprocal(fast_sqrt(v + FLT_MIN) * s.root_scale + s.eps);
+    return m * fast_reciprocal(fast_sqrt_ftz(v + FLT_MIN) * s.root_scale + s.eps);
   else
-    return __fdividef(m, sqrt_approximately(v) * s.root_scale + s.eps);
+    return __fdividef(m, fast_sqrt(v) * s.root_scale + s.eps);
 }
 
 template <Master master, Moments moments>

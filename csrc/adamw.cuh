@@ -49,16 +49,16 @@ __device__ __forceinline__ uint32_t round_to_bf16(float v, uint32_t random) {
 // whose spacing is 1. The approximations are off by 1 or 2 ulps of an update, which is itself rounded into a
 // weight.
 
-// Of numbers below 2^-126 the root is 0.
 __device__ __forceinline__ float fast_sqrt(float x) {
   float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-__device__ __forceinline__ float sqrt_approximately(float x) {
+// Of numbers below 2^-126 it is 0: one instruction instead of five.
+__device__ __forceinline__ float fast_sqrt_ftz(float x) {
   float y;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -111,7 +111,7 @@ __device__ __forceinline__ float decode_mean(float code, float scale) {
 __device__ __forceinline__ float encode_mean(float m, float inverse, uint32_t random) {
   constexpr float k2To19 = 0x1p19f;
   const float square = fabsf(m) * inverse;
-  const float above = __fadd_rd(fast_sqrt(square), k2To19), floor = above - k2To19;
+  const float above = __fadd_rd(fast_sqrt_ftz(square), k2To19), floor = above - k2To19;
   // whether `random` lies beyond the place of `square` between floor^2 and (floor + 1 / 16)^2, over 2^8
   const float beyond =
       fmaf(upper_half_by_2_to_141(random), fmaf(floor, 0x1p122f, 0x1p117f), fmaf(floor, floor, -square));

@@ -135,12 +135,6 @@ __device__ __forceinline__ float warp_sum(float v, int lanes = 32) {
   return v;
 }
 
-__device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-  for (int lane = 16; lane; lane /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, lane));
-  return v;
-}
-
 // Sums over the threads of equal threadIdx.y, which are whole warps, one after the other, each at the price
 // of one barrier among them. `several`: such rows to a block, 15 at most. A kernel that names barriers by a
 // number is given all 16, and a processor has 64: elsewhere that would leave it four blocks.

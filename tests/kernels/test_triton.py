@@ -60,9 +60,7 @@ class TestRmsNorm:
         x, dy, *more = (laid((rows, hidden), dtype, seed) for seed in (2, 3, 4, 5))
         for residual, dh in ((None, None), more):
             y, h, rstd = native("rms_norm_fwd", x, residual, weight, 1e-5)
-            *ours, our_rstd = ops.rms_norm_fwd(*on(x, residual, weight), 1e-5)
-            all_near(ours, (y, h), 2, "forward")
-            near(our_rstd.cpu(), rstd, 2 + hidden // 1000, "rstd")  # native sums err more in longer rows
+            all_near(ops.rms_norm_fwd(*on(x, residual, weight), 1e-5), (y, h, rstd), 2, "forward")
             arguments = (dy, dh, x if residual is None else h, weight, rstd, *need)
             expected = native("rms_norm_bwd", *arguments)
             terms = (dy * weight * rstd[:, None]).abs().max().item()  # which nearly cancel where hidden is 1
