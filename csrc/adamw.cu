@@ -58,11 +58,14 @@ struct Gradient {
 
   __device__ __forceinline__ void unpack_to(float (&g)[E], Dtype dtype) const {
     unpack(g, words);
+    if (dtype == Dtype::f32) return;  // a branch, as conversions that are predicated off take their slots
     Words16<E> half;
 #pragma unroll
     for (int i = 0; i < E / 2; ++i) half.words[i] = words.words[i];
-    if (dtype == Dtype::bf16) unpack<__nv_bfloat16>(g, half);
-    if (dtype == Dtype::f16) unpack<__half>(g, half);
+    if (dtype == Dtype::bf16)
+      unpack<__nv_bfloat16>(g, half);
+    else
+      unpack<__half>(g, half);
   }
 };
 
