@@ -1,10 +1,11 @@
 // Cross-entropy's forward and backward at once on Hopper: the logits are read once, and their gradient is
 // written over them. Bound by memory.
 //
-// A row of a large vocabulary (256 KB at 128,000 in bf16) fits no block's registers. A cluster of up to eight
-// blocks takes it, each warp a slice of its own: bulk copies bring the slices of three rows to shared memory,
-// so that the gradient is worked out where the sum was. Nothing makes a block wait as one: the warps of a
-// cluster send each other their sums by st.async, a row before they are needed.
+// A row of a large vocabulary (256 KB at 128,000 in bf16) fits no block's registers, and those under way do
+// not fit L2. A cluster of up to eight blocks takes it, each warp a slice of its own: bulk copies bring the
+// slices of three rows to shared memory, so that the gradient is worked out where the sum was. Nothing makes
+// a block wait as one: the warps of a cluster send each other their sums by st.async, a row before they are
+// needed.
 #include <cooperative_groups.h>
 
 #include <climits>
@@ -19,6 +20,7 @@ constexpr int kMaxWarps = 32;       // of a block
 constexpr int kMaxCluster = 8;      // what every Hopper card can do
 constexpr int kStages = 3;          // rows held: one becomes its gradient, one is summed, one is on its way
 constexpr int kBeside = 10 * 1024;  // bytes of shared memory that a block takes beside its rows
+constexpr int64_t kShortRow = 128 * 1024;  // bytes: a block a row finds most of it in L1 and L2 again
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define OPENLLAMA_CLUSTERS
@@ -311,13 +313,18 @@ struct Holding {
   bool fits(int64_t count, int64_t memory) const {
     return count * warps <= held_warps(accesses) && count * (shared() + kBeside) <= memory;
   }
+  bool enough(int64_t memory) const {
+    return fits(2, memory) || (fits(1, memory) && warps * accesses >= 4 * kMaxWarps);
+  }
 };
 
 // Where the fewest lanes are left without work; among equals, blocks of which two share a processor and do
-// not wait at the same time, then the fewest.
+// not wait at the same time, then the fewest. None where a block a row is faster: more than 3% of the lanes
+// without work, or a single block too small for its processor.
 Holding holding_of(const CrossEntropy& a, int64_t memory) {
   Holding best{};
   if (a.softcap != 0.0f || a.rows > INT_MAX || a.vocab > INT_MAX / 2) return best;
+  if (a.vocab * size_of(a.dtype) <= kShortRow) return best;
   const int64_t accesses = ceil_div(a.vocab * size_of(a.dtype) + kLine, 32 * 16);  // of a warp to a row
   int64_t most = 0;
   for (int64_t blocks = 2; blocks <= kMaxCluster; blocks *= 2)
@@ -325,7 +332,7 @@ Holding holding_of(const CrossEntropy& a, int64_t memory) {
       const Holding holding{blocks, ceil_div(ceil_div(accesses, blocks), each), each};
       const int64_t percent = 100 * accesses / (blocks * holding.warps * each);
       const int64_t score = 2 * percent + holding.fits(2, memory);
-      if (score > most && holding.fits(1, memory)) best = holding, most = score;
+      if (percent >= 97 && score > most && holding.enough(memory)) best = holding, most = score;
     }
   return best;
 }

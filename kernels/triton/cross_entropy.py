@@ -208,7 +208,7 @@ def cross_entropy_fwd(
         with guard(logits):
             _fwd[(rows,)](
                 logits, labels, loss, lse, logits.stride(0), vocab, ignore_index, softcap, z_loss,
-                **_constants(logits, softcap),
+                **_constants(logits, softcap, most_warps=8),
             )  # fmt: skip
     return loss, lse
 
@@ -261,10 +261,10 @@ def cross_entropy_fwd_bwd_(
     return loss
 
 
-def _constants(logits: torch.Tensor, softcap: float) -> dict[str, int | bool]:
+def _constants(logits: torch.Tensor, softcap: float, most_warps: int = 32) -> dict[str, int | bool]:
     """A thread takes two groups at a time, four times or more. Wide programs have few rows under way, which L1
-    and L2 keep until they are read again."""
-    warps = min(32, max(1, triton.next_power_of_2(logits.shape[1]) // 2048))
+    and L2 keep until they are read again; where they are not, several narrow ones hide each other's sums."""
+    warps = min(most_warps, max(1, triton.next_power_of_2(logits.shape[1]) // 2048))
     return {
         "CAPPED": softcap != 0.0,
         "GROUPS": warps * 64,
