@@ -54,8 +54,10 @@ struct LogSumExp {
       top = most;
     }
     const float to = base();
+    float sum_of_these = 0;  // by itself: so few terms follow each other that rounding stays small
 #pragma unroll
-    for (int n = 0; n < N; ++n) sum += exp_above<T>(numbers[n], to);
+    for (int n = 0; n < N; ++n) sum_of_these += exp_above<T>(numbers[n], to);
+    sum += sum_of_these;
   }
 
   __device__ __forceinline__ void merge(LogSumExp other) {
