@@ -1,4 +1,4 @@
-"""What the Triton twins share: facts of the card, and how wide memory is accessed.
+"""What the Triton twins share: the size of the card, and how wide memory is accessed.
 
 Triton joins neighbouring elements into one 16-byte access where it can prove that the address is a multiple
 of 16 bytes and that the mask is the same for all of them. So kernels take a row's stride in units of
@@ -13,17 +13,15 @@ import math
 import torch
 import triton
 
-#: An H100's, where there is no GPU (the interpreter, compiling ahead of time).
-_H100 = (132, 50 * 2**20)
+_OF_AN_H100 = 132  # where there is no GPU (the interpreter, compiling ahead of time)
 
 
 @functools.cache
-def card(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, bytes of L2) of a device."""
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
     if device.type != "cuda":
-        return _H100
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.L2_cache_size
+        return _OF_AN_H100
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def vector(*rows: torch.Tensor | None) -> int:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import lists
-from .common import card, guard
+from .common import guard, processors
 from .lists import find, pointer
 
 _CHUNK, _TILE = 32_768, 4_096  # with 8 warps two 16-byte accesses of bf16 a thread
@@ -66,7 +66,7 @@ def grad_norm(grads: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
             )
         if size := g.numel():
             sets[g.dtype, lists.unit(size, [g.data_ptr()])].append((size, g.data_ptr()))
-    most = 8 * card(device)[0]  # 8 programs of 8 warps are what a multiprocessor holds
+    most = 8 * processors(device)  # 8 programs of 8 warps are what a multiprocessor holds
     partial = torch.empty(len(sets) * most, dtype=torch.float32, device=device)
     out = torch.empty(2, dtype=torch.float32, device=device)
     used = 0

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import card, guard, vector, warps_for
+from .common import guard, processors, vector, warps_for
 
 _WIDEST = 16_384  # columns held in registers: 16 a thread of 32 warps
 _TILE = 2_048  # elements a program takes at a time where rows are short (qk-norm's 64 or 128 columns)
@@ -297,7 +297,7 @@ def rms_norm_bwd(
         tile["STAGES"] = 3 if row_bytes <= 16 * 1024 else 2
     programs = triton.cdiv(rows, tile.get("ROWS", 1))
     if need_dweight:
-        programs = min(programs, card(h.device)[0] * max(1, _RESIDENT_WARPS // tile["num_warps"]))
+        programs = min(programs, processors(h.device) * max(1, _RESIDENT_WARPS // tile["num_warps"]))
     parts = None
     if need_dweight:
         parts = (torch.zeros if wide else torch.empty)(

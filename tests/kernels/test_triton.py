@@ -93,7 +93,7 @@ class TestRmsNorm:
         self.check(3, 1000, dtype, dtype)
 
     def test_programs_that_take_several_rows(self, monkeypatch):
-        monkeypatch.setattr(twin("rms_norm"), "card", lambda device: (1, 0))
+        monkeypatch.setattr(twin("rms_norm"), "processors", lambda device: 1)
         self.check(37, 1000, F32)
         self.check(37, 768, F32)
         self.check(200, 64, F32)
