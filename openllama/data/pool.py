@@ -92,8 +92,9 @@ def _first(waiting: deque[Future[Result]], done: SimpleQueue[Future[Result]]) ->
 def _signals(how: int) -> Iterator[None]:
     """Holds back, or lets in, what asks to end. An exception amid the pool's own code would leave its locks taken, for
     ever; threads and processes that it starts hold signals back as well, and leave them to this one."""
-    before = signal.pthread_sigmask(how, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # changes nothing
     try:
+        signal.pthread_sigmask(how, {signal.SIGINT, signal.SIGTERM})  # may raise for one that has just come
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

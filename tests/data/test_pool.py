@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from openllama.data.pool import ordered_map
+from openllama.data.pool import _signals, ordered_map
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +62,7 @@ def test_a_signal_waits_for_the_pools_own_code(monkeypatch):
 
     def interrupted(self, *arguments):
         if len(whole) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # to this thread: another would take it at once
         whole.append(submit(self, *arguments))
         return whole[-1]
 
@@ -70,6 +70,24 @@ def test_a_signal_waits_for_the_pools_own_code(monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         list(ordered_map(add, itertools.count(), 2, (1,)))
     assert stopped.value.code == 143 and len(whole) == 4
+
+
+def test_a_signal_that_comes_as_they_are_held_back_leaves_none_held_back(monkeypatch):
+    sigmask, both = signal.pthread_sigmask, {signal.SIGINT, signal.SIGTERM}
+
+    def interrupted(how, signals):
+        sigmask(how, signals)
+        if how == signal.SIG_BLOCK and signals:
+            raise KeyboardInterrupt  # as a handler may that runs when the call ends
+        return set()
+
+    monkeypatch.setattr(signal, "pthread_sigmask", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt), _signals(signal.SIG_BLOCK):
+            pass
+    finally:
+        left = sigmask(signal.SIG_UNBLOCK, both)
+    assert not left & both
 
 
 def children(pid):
@@ -92,7 +110,7 @@ def test_no_worker_outlives_the_process_that_uses_it(number, code, tmp_path):
         textwrap.dedent("""
             import itertools, operator
             from openllama import cli
-            from openllama.data.pool import ordered_map
+            from openllama.data.pool import _signals, ordered_map
             cli.run(lambda: sum(ordered_map(operator.neg, itertools.count(), 2)))
             """)
     )

@@ -39,8 +39,8 @@ def test_kernels_compile(capability, tmp_path):
     for kernel in kernels:
         assert kernel["shared"] <= SHARED[capability], kernel
         assert kernel["stack"] <= 64, f"spills registers: {kernel}"
-        # the ends of cross-entropy's rows (bf16, and the label's logit) are read one by one
-        assert kernel["narrow"] <= 4, f"reads or writes single elements: {kernel}"
+        # the ends of cross-entropy's rows (bf16), the label's logit and its gradient are moved one by one
+        assert kernel["narrow"] <= 5, f"reads or writes single elements: {kernel}"
         assert kernel["wide"] > 0, kernel
 
 
