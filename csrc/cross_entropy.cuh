@@ -82,8 +82,8 @@ __device__ __forceinline__ void check_label(const CrossEntropy& a, int64_t label
   require(label >= 0 && label < a.vocab, "cross_entropy: a label lies outside the vocabulary");
 }
 
-// Forward and backward at once, by clusters: cross_entropy_held.cu. False where the card has none, or no
-// cluster can hold a row.
+// Forward and backward at once, by clusters: cross_entropy_held.cu. False where the card has none, no cluster
+// can hold a row, or a block a row is faster.
 bool cross_entropy_held(const CrossEntropy&, cudaStream_t, cudaError_t&);
 
 }  // namespace openllama::cuda

@@ -110,7 +110,7 @@ def test_no_worker_outlives_the_process_that_uses_it(number, code, tmp_path):
         textwrap.dedent("""
             import itertools, operator
             from openllama import cli
-            from openllama.data.pool import _signals, ordered_map
+            from openllama.data.pool import ordered_map
             cli.run(lambda: sum(ordered_map(operator.neg, itertools.count(), 2)))
             """)
     )
