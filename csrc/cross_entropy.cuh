@@ -1,11 +1,10 @@
-// What the two kernels of cross-entropy share: arithmetic, and what they write of a row.
+// Cross-entropy's arithmetic, and what it writes of a row.
 #pragma once
 
 #include "common.cuh"
 
 namespace openllama::cuda {
 
-constexpr int kLine = 128;  // bytes of a cache line
 constexpr float kLog2e = 1.44269504f;
 
 // l(x) = softcap tanh(x / softcap), or x itself. For 16-bit logits with the fast exp and division, whose
@@ -44,15 +43,16 @@ struct LogSumExp {
   // What exp is taken relative to; where all are -inf so far, anything finite.
   __device__ __forceinline__ float base() const { return top == -INFINITY ? 0.0f : top; }
 
-  template <class T, int N>
-  __device__ __forceinline__ void add(const float (&numbers)[N]) {
-    float most = top;
-#pragma unroll
-    for (int n = 0; n < N; ++n) most = fmaxf(most, numbers[n]);
+  // Before numbers of which `most` is the largest are added.
+  template <class T>
+  __device__ __forceinline__ void raise(float most) {
     if (most > top) {
       sum *= exp_above<T>(top, most);
       top = most;
     }
+  }
+  template <class T, int N, class Numbers>
+  __device__ __forceinline__ void add(const Numbers& numbers) {
     const float to = base();
     float sum_of_these = 0;  // by itself: so few terms follow each other that rounding stays small
 #pragma unroll
@@ -81,9 +81,5 @@ __device__ __forceinline__ void write_ignored(const CrossEntropy& a, int64_t i) 
 __device__ __forceinline__ void check_label(const CrossEntropy& a, int64_t label) {
   require(label >= 0 && label < a.vocab, "cross_entropy: a label lies outside the vocabulary");
 }
-
-// Forward and backward at once, by clusters: cross_entropy_held.cu. False where the card has none, no cluster
-// can hold a row, or a block a row is faster.
-bool cross_entropy_held(const CrossEntropy&, cudaStream_t, cudaError_t&);
 
 }  // namespace openllama::cuda
