@@ -57,6 +57,15 @@ def _group_columns(group, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _exp(x, above, WIDE: tl.constexpr):
+    """exp(x - above), without tl.exp's care for denormal numbers. Of logits of 16 bits (not WIDE) with `above`'s own
+    rounding, the same for all of a sum, as their rounding hides it."""
+    if WIDE:
+        return tl.exp2((x - above) * _LOG2E)
+    return tl.exp2(x * _LOG2E - above * _LOG2E)
+
+
+@triton.jit
 def _forward(
     logits, offset, label, ignored, vocab, softcap, z_loss,
     CAPPED: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
@@ -68,6 +77,7 @@ def _forward(
     first, groups, before = _cut(offset, tl.where(valid, vocab, 0), VECTOR)
     # a multiple of VECTOR: so Triton knows it
     start = logits + (offset + first) // VECTOR * VECTOR
+    WIDE: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth > 16
     tops = tl.full((GROUPS,), float("-inf"), tl.float32)
     sums = tl.zeros((GROUPS,), tl.float32)
     for begin in range(-before, groups, GROUPS):
@@ -79,7 +89,7 @@ def _forward(
             x = tl.where(inside, x, float("-inf"))
         new = tl.maximum(tops, tl.max(x, axis=1))
         above = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf is NaN
-        sums = sums * tl.exp(tops - above) + tl.sum(tl.exp(x - above[:, None]), axis=1)
+        sums = sums * _exp(tops, above, WIDE) + tl.sum(_exp(x, above[:, None], WIDE), axis=1)
         tops = new
     ends = _end_columns(first, groups, VECTOR)
     inside = valid & (ends < vocab)
@@ -102,10 +112,9 @@ def _forward(
 
 
 @triton.jit
-def _gradient(x, top, log_sum, here, scale, softcap, CAPPED: tl.constexpr):
-    """Of capped logits: softmax(x) scale, less `here`, in fp32."""
-    p = tl.exp2((x - top) * _LOG2E - log_sum * _LOG2E)
-    grad = p * scale - here
+def _gradient(x, top, scale, here, softcap, CAPPED: tl.constexpr, WIDE: tl.constexpr):
+    """Of capped logits: exp(x - top) scale, less `here`, in fp32."""
+    grad = _exp(x, top, WIDE) * scale - here
     if CAPPED:
         grad *= 1.0 - (x / softcap) * (x / softcap)
     return grad
@@ -120,11 +129,12 @@ def _backward(
     active = ignored == 0
     z = tl.where(z_loss == 0.0, 0.0, 2.0 * z_loss * (top + log_sum))
     # an ignored row's logits count as 0, its top and log_sum are 0
-    wide = tl.where(active, (1.0 + z) * scale, 0.0)
+    wide = tl.where(active, (1.0 + z) * scale * tl.exp(-log_sum), 0.0)
     first, groups, before = _cut(offset, vocab, VECTOR)
     start = (offset + first) // VECTOR * VECTOR
     to_start = (to + first) // TO_VECTOR * TO_VECTOR
     kind = dlogits.dtype.element_ty
+    WIDE: tl.constexpr = kind.primitive_bitwidth > 16
     tl.debug_barrier()  # the label's logit has been read by all
     for tile in range(tl.cdiv(before + groups, GROUPS) - 1, -1, -1):
         group = tile * GROUPS - before + tl.arange(0, GROUPS)
@@ -132,15 +142,15 @@ def _backward(
         columns = _group_columns(group, VECTOR)
         # neither is needed in L2 again: rows that are still to be read a second time are
         x = tl.load(logits + start + columns, mask=inside & active, other=0.0, eviction_policy="evict_first")
-        grad = _gradient(_capped(x, softcap, CAPPED), top, log_sum, 0.0, wide, softcap, CAPPED)
+        grad = _gradient(_capped(x, softcap, CAPPED), top, wide, 0.0, softcap, CAPPED, WIDE)
         tl.store(dlogits + to_start + columns, grad.to(kind), mask=inside, eviction_policy="evict_first")
     ends = _end_columns(first, groups, VECTOR)
     inside = ends < vocab
     x = tl.load(logits + offset + ends, mask=inside & active, other=0.0)
-    grad = _gradient(_capped(x, softcap, CAPPED), top, log_sum, 0.0, wide, softcap, CAPPED)
+    grad = _gradient(_capped(x, softcap, CAPPED), top, wide, 0.0, softcap, CAPPED, WIDE)
     tl.store(dlogits + to + ends, grad.to(kind), mask=inside)
     tl.debug_barrier()  # the label's column has been written
-    grad = _gradient(at_label, top, log_sum, scale, wide, softcap, CAPPED)
+    grad = _gradient(at_label, top, wide, scale, softcap, CAPPED, WIDE)
     tl.store(dlogits + to + label, grad.to(kind), mask=active & (label >= 0) & (label < vocab))
 
 
@@ -263,11 +273,15 @@ def cross_entropy_fwd_bwd_(
 
 def _constants(logits: torch.Tensor, softcap: float, most_warps: int = 32) -> dict[str, int | bool]:
     """A thread takes two groups at a time, four times or more. Wide programs have few rows under way, which L1
-    and L2 keep until they are read again; where they are not, several narrow ones hide each other's sums."""
+    and L2 keep until they are read again; where they are not, several narrow ones hide each other's sums. The
+    widest take four groups, if these fill all but a tenth of a row's last tile."""
+    vector = 16 // logits.element_size()
     warps = min(most_warps, max(1, triton.next_power_of_2(logits.shape[1]) // 2048))
+    groups, tile = triton.cdiv(logits.shape[1], vector), warps * 128
+    four = warps == 32 and triton.cdiv(groups, tile) * tile < 1.1 * groups
     return {
         "CAPPED": softcap != 0.0,
-        "GROUPS": warps * 64,
-        "VECTOR": 16 // logits.element_size(),
+        "GROUPS": tile if four else tile // 2,
+        "VECTOR": vector,
         "num_warps": warps,
     }
