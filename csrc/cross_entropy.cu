@@ -14,13 +14,13 @@
 namespace openllama::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;  // of a processor: 64 registers each
+constexpr int kMaxThreads = 1024;                // of a processor: 64 registers each
 [[maybe_unused]] constexpr int kMaxCluster = 8;  // what every Hopper card can do
-constexpr int kAccesses = 4;       // of a tile: what a thread reads before it works on any
-constexpr int kAhead = 8;          // accesses on their way to shared memory
-constexpr int kEarly = 4;          // of them, those asked for before the row's label is known
-constexpr int kLine = 128;         // bytes of a cache line
-constexpr int kBeside = 1536;      // bytes of shared memory that a block takes beside what it holds
+constexpr int kAccesses = 4;                     // of a tile: what a thread reads before it works on any
+constexpr int kAhead = 8;                        // accesses on their way to shared memory
+constexpr int kEarly = 4;                        // of them, those asked for before the row's label is known
+constexpr int kLine = 128;                       // bytes of a cache line
+constexpr int kBeside = 1536;  // bytes of shared memory that a block takes beside what it holds
 
 // Of a block, for every thread; once a kernel.
 __device__ LogSumExp block_logsumexp(LogSumExp mine) {
@@ -323,7 +323,8 @@ int64_t width_of(int64_t accesses, int64_t some, int64_t most) {
     return threads * some * ceil_div(accesses, threads * some) - accesses;
   };
   int64_t width = std::min(most, 32 * ceil_div(accesses, 32 * some));
-  for (int64_t threads = width - 32; 4 * threads >= 3 * most && 100 * idle(width) > 3 * accesses; threads -= 32)
+  for (int64_t threads = width - 32; 4 * threads >= 3 * most && 100 * idle(width) > 3 * accesses;
+       threads -= 32)
     if (idle(threads) < idle(width)) width = threads;
   return width;
 }
@@ -431,8 +432,9 @@ cudaError_t cross_entropy_fwd_bwd(const CrossEntropy& a, cudaStream_t stream) {
     if (a.softcap != 0.0f)  // bound by its tanh
       return launch(row_kernel<T, N, true, true, true>, a, plan_of(accesses, 16, kMaxThreads / 2), stream);
     const Plan plan = plan_held(accesses);
-    return launch(plan.blocks > 1 ? row_kernel<T, N, false, true, true, true> : row_kernel<T, N, false, true, true>,
-                  a, plan, stream);
+    return launch(
+        plan.blocks > 1 ? row_kernel<T, N, false, true, true, true> : row_kernel<T, N, false, true, true>, a,
+        plan, stream);
   });
 }
 

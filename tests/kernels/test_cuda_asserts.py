@@ -44,7 +44,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-# Rows that a cluster holds in the in-place form (on Hopper), short ones, and rows too long to be held.
+# In place: rows of a block, short ones, and rows of a cluster (on Hopper).
 @pytest.mark.parametrize("vocab, label", ((128_256, 128_256), (41, -1), (400_000, 2**40)))
 def test_an_impossible_label(call, vocab, label):
     message = "cross_entropy: a label lies outside the vocabulary"

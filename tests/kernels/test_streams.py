@@ -52,7 +52,7 @@ class RotaryInPlace(test_rotary.TestRotary):
 
 
 class CrossEntropyUncapped(test_cross_entropy.TestCrossEntropyInPlace):
-    """Without a softcap, and long rows: on Hopper a cluster holds one."""
+    """Without a softcap: rows are held."""
 
     numbers = (0.0, 0.0)
 
