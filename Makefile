@@ -30,7 +30,7 @@ quickstart: $(VENV)/.ready$(LANGUAGES:%=-langs)
 	$(BIN)/python -m train.quickstart $(LANGUAGES:%=--config train/configs/tiny-langs.yaml)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -188,7 +188,8 @@ def add_cuda(ninja: Ninja, nvcc: str, cxx: str) -> None:
         "-Xcompiler=-fPIC,-fvisibility=hidden",  # no path: nvcc hands these to a shell as they are
         "--expt-relaxed-constexpr",
     ]
-    for source in sorted(CSRC.glob("*.cu")):
+    # the largest first: one that takes a minute is not to be the last
+    for source in sorted(CSRC.glob("*.cu"), key=lambda path: -path.stat().st_size):
         ninja.compile(source, "cuda", [nvcc, *flags, *CUDA_ARCH_FLAGS, "-MMD"], "-MF")
     for source in sorted(CSRC.glob("hopper/*.cu")):
         ninja.compile(source, "hopper", [nvcc, *flags, *HOPPER_ARCH_FLAGS, "-MMD"], "-MF")

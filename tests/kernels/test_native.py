@@ -1,5 +1,6 @@
 """The native library: what it holds, what it asks of torch, what nvcc says, and its CPU instruction sets."""
 
+import importlib.util
 import json
 import platform
 import re
@@ -141,9 +142,30 @@ def test_nvcc_uses_the_builds_compiler():
         assert any(word.startswith("-ccbin=/") for word in command), source
 
 
+def cuobjdump() -> str | None:
+    """The toolkit's, or the one that triton brings."""
+    triton = importlib.util.find_spec("triton")
+    brought = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else None
+    return shutil.which("cuobjdump", path=toolkit()) or shutil.which("cuobjdump", path=brought)
+
+
 @needs_cuda_build
-def test_every_cuda_source_compiles_without_spills(tmp_path):
-    """The build's own flags, and what ptxas says of registers and static shared memory for each architecture."""
+def test_no_kernel_spills_registers():
+    """Nor asks for more static shared memory than every card has; more is dynamic, and asked of the card."""
+    if (tool := cuobjdump()) is None:
+        pytest.skip("cuobjdump is not here")
+    usage = subprocess.run(
+        [tool, "-res-usage", str(library.PATH)], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) SHARED:(\d+)", usage)
+    assert len(kernels) > 100
+    for name, stack, shared in kernels:
+        assert int(stack) == 0 and int(shared) <= 48 * 1024, name
+
+
+@needs_cuda_build
+def test_every_cuda_source_compiles_for_sm_89(tmp_path):
+    """Cards of 8.9 run sm_80's code: code of their own would have to fit as well. What ptxas says of it."""
     if toolkit() is None or not (ROOT / "build" / "native" / "_C" / "build.ninja").exists():
         pytest.skip("nvcc, or the build folder, is not here")
     commands = cuda_commands()
@@ -152,28 +174,20 @@ def test_every_cuda_source_compiles_without_spills(tmp_path):
     }
     running = []
     for source, command in commands:
+        if source.startswith("hopper/"):
+            continue
         command = [w for w in command if w not in ("-MMD", "-MF") and not w.endswith(".o.d")]
-        if not source.startswith("hopper/"):
-            # Cards of 8.9 run sm_80's code: code of their own would have to fit as well.
-            command.append("-gencode=arch=compute_89,code=sm_89")
-        command[command.index("-o") + 1] = str(tmp_path / f"{source.replace('/', '.')}.o")
-        running.append(
-            (source, subprocess.Popen([*command, "-Xptxas=-v"], stderr=subprocess.PIPE, text=True))
-        )
+        command = [w for w in command if not w.startswith("-gencode")]
+        command[command.index("-o") + 1] = str(tmp_path / f"{source}.o")
+        command += ["-gencode=arch=compute_89,code=sm_89", "-Xptxas=-v"]
+        running.append((source, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
     for source, process in running:
         report = process.communicate(timeout=300)[1]
         assert process.returncode == 0, report
-        spills = [
-            (int(a), int(b))
-            for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        ]
-        assert spills and not any(a or b for a, b in spills), f"{source}:\n{report}"
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert spills and set(spills) == {("0", "0")}, f"{source}:\n{report}"
         static = [int(size) for size in re.findall(r"(\d+) bytes smem", report)]
-        assert max(static, default=0) <= 48 * 1024, source  # more is dynamic, and asked of the card
-        compiled = set(re.findall(r"for '(sm_\w+)'", report))
-        assert compiled == ({"sm_90a"} if source.startswith("hopper/") else {"sm_80", "sm_89", "sm_90"}), (
-            source
-        )
+        assert max(static, default=0) <= 48 * 1024, source
 
 
 def fat_binary_entries() -> list[tuple[str, str]]:
