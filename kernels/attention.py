@@ -12,6 +12,7 @@ known, those are one SDPA call with a mask, whose work grows with the square of 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from typing import Any
@@ -22,10 +23,10 @@ import torch.nn.functional as F
 from . import backend as backends
 from . import checks
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch built without it
-    varlen_attn = None
+varlen_attn = None
+if torch.backends.cuda.is_built():  # its import takes seconds, and it runs on a GPU only
+    with contextlib.suppress(ImportError):  # a torch built without it
+        from torch.nn.attention.varlen import varlen_attn
 
 _VARLEN_DOCUMENTS = 65_535  # the second dimension of its grid
 

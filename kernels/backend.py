@@ -82,12 +82,16 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hid
     return _card_lacks(device.index, backend) if backend != "cpu" else ""
 
 
-@torch.compiler.assume_constant_result  # or torch.compile would trace into torch.cuda
 def _card_lacks(index: int | None, backend: str) -> str:
     """Why our kernels can't run on the card of this index (None: the current one); empty when they can."""
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     return _ask_card(index, backend)
+
+
+# A constant to torch.compile, which would trace into torch.cuda: torch.compiler.assume_constant_result, which does
+# this, first imports all of torch._dynamo, and import torch would take half of the time of import openllama.ops.
+_card_lacks._dynamo_marked_constant = True
 
 
 @functools.cache

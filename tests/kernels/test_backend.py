@@ -255,3 +255,12 @@ def test_without_the_library_every_op_runs_on_its_reference(tmp_path, broken):
     assert loose.stderr.count("every op runs on its PyTorch reference") == 1, loose.stderr
     ours = json.loads(python(ALL_OPS.format(package="openllama.kernels")).stdout)
     assert values == pytest.approx(ours[:3], rel=1e-5) and ours[3:] == ["", "cpu"]
+
+
+@pytest.mark.skipif(
+    torch.backends.cuda.is_built(), reason="the varlen attention of a torch for GPUs brings it"
+)
+def test_the_import_leaves_dynamo_out():
+    """It would take as long again as import torch."""
+    code = "import sys, openllama.ops, openllama.model; print('torch._dynamo' in sys.modules)"
+    assert python(code).stdout == "False\n"
