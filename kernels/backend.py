@@ -89,8 +89,8 @@ def _card_lacks(index: int | None, backend: str) -> str:
     return _ask_card(index, backend)
 
 
-# A constant to torch.compile, which would trace into torch.cuda: torch.compiler.assume_constant_result, which does
-# this, first imports all of torch._dynamo, and import torch would take half of the time of import openllama.ops.
+# A constant to torch.compile, which would trace into torch.cuda. torch.compiler.assume_constant_result does this as
+# well, but first imports all of torch._dynamo, for as long as import torch takes.
 _card_lacks._dynamo_marked_constant = True
 
 
