@@ -242,7 +242,7 @@ __device__ __forceinline__ void write_gradient(const Lines<T, N>& row, int c, in
   }
 }
 
-// held_count: of a thread's accesses to its row, those held; for both passes at once.
+// held_count: the accesses of a thread to its row that are held, where both passes go at once; else 0.
 template <class T, int N, bool capped, bool fwd, bool bwd, bool clusters = false>
 __global__ void __launch_bounds__(kMaxThreads) row_kernel(CrossEntropy a, int held_count) {
   constexpr bool both = fwd && bwd, holds = both && !capped;

@@ -39,7 +39,7 @@ print(kernels.__file__)
 """
 
 
-@pytest.mark.parametrize("cwd", [".", "openllama"])
+@pytest.mark.parametrize("cwd", [".", "train", "openllama"])
 def test_transformers_llama_runs_in_the_repo(cwd):
     assert find_spec("kernels").origin, "HuggingFace's package is not installed: pip install kernels"
     file = Path(run([sys.executable, "-c", HF_LLAMA], ROOT if cwd == "." else ROOT / cwd).strip())
@@ -53,7 +53,8 @@ def test_kernels_import_nothing_else_of_openllama():
 
 
 def test_openllama_info_runs_in_the_repo():
-    out = run([sys.executable, "-m", "openllama.cli", "info"])
+    out = run([SCRIPTS / "openllama", "info"])
+    assert out == run([sys.executable, "-m", "openllama.cli", "info"])
     for word in ("Python", "torch", "native library", "rms_norm", "attention", "bfloat16"):
         assert word in out
     forced = run([SCRIPTS / "openllama", "info"], OPENLLAMA_BACKEND="reference")

@@ -152,8 +152,8 @@ def cuobjdump() -> str | None:
 @needs_cuda_build
 def test_no_kernel_spills_registers():
     """Nor asks for more static shared memory than every card has; more is dynamic, and asked of the card."""
-    if (tool := cuobjdump()) is None:
-        pytest.skip("cuobjdump is not here")
+    tool = cuobjdump()
+    assert tool, "cuobjdump is missing: pip install triton, which brings it"
     usage = subprocess.run(
         [tool, "-res-usage", str(library.PATH)], capture_output=True, text=True, check=True
     ).stdout
