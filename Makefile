@@ -4,6 +4,7 @@
 #   TORCH="torch==2.13.0"                          which torch to install (pip's words; for example a CPU build:
 #   TORCH="torch --index-url https://download.pytorch.org/whl/cpu")
 #   PIP_CONSTRAINT=file                            pip's own variable is honoured
+#   ARGS="--preset 7b --batch 2 --seq 1024"        `make bench` times the training step beside its peers: what, and which
 #   LANGS=1                                        quickstart: English, Chinese and Japanese beside Python
 #   OPENLLAMA_CUDA=0                               leave the CUDA kernels out of the build
 #   CXX, CUDA_HOME, MAX_JOBS                       compiler, toolkit, parallel compiles
@@ -24,7 +25,7 @@ ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
 endif
 endif
 
-.PHONY: quickstart test lint format bench-ops report clean
+.PHONY: quickstart test lint format bench bench-ops report clean
 
 quickstart: $(VENV)/.ready$(LANGUAGES:%=-langs)
 	$(BIN)/python -m train.quickstart $(LANGUAGES:%=--config train/configs/tiny-langs.yaml)
@@ -43,6 +44,9 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.tokens_per_second $(ARGS)
 
 bench-ops: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest benchmarks/ops

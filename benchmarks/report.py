@@ -7,16 +7,19 @@ here, with the device, versions and commit of each run.
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report_ops
+import yaml
+
+from benchmarks import report_ops, report_pictures, report_training
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+PUBLISHED = ROOT / "benchmarks" / "published.yaml"
 
 
 def load(prefix: str) -> list[dict[str, Any]]:
@@ -33,20 +36,27 @@ def source(run: dict[str, Any]) -> str:
     return f"{run['device']}; {versions}; commit {run['commit']}, {run['date']}: `{run['command']}`"
 
 
-def training_table(runs: list[dict[str, Any]]) -> str:
-    lines = [
-        "| | device | ours, tokens/s | peer, tokens/s | ours is | MFU of ours |",
-        "|---|---|---|---|---|---|",
-    ]
-    for run in runs:
-        ours = next(r for r in run["rows"] if r["impl"] == "ours")
-        mfu = f"{ours['of_ceiling']:.1%}" if ours["of_ceiling"] else "N/A"
-        for peer in (r for r in run["rows"] if r["impl"] != "ours"):
-            lines.append(
-                f"| {shape_text(ours['shape'])}, {ours['dtype']}, peer {peer['impl']} with {peer['optimizer']} | {run['device']} | "
-                f"{ours['rate']:,.0f} | {peer['rate']:,.0f} | {peer['ratio']:.2f}x | {mfu} |"
-            )
-    return "\n".join([*lines, "", *(f"<sub>{source(run)}</sub><br>" for run in runs)])
+def training(runs: list[dict[str, Any]]) -> str:
+    """Where a step's time goes as a picture, where a run says so, and each run's table."""
+    picture = "![Where the time of a training step goes](docs/parts.svg)\n\n" * report_pictures.has_parts(
+        runs
+    )
+    return picture + sourced(report_training.table, report_training.ordered(runs))
+
+
+def sourced(table: Callable[[dict[str, Any]], str], runs: list[dict[str, Any]]) -> str:
+    """Each run's table with where it comes from, or that there is none."""
+    tables = [f"{table(run)}\n\n<sub>{source(run)}</sub>" for run in runs]
+    return "\n\n".join(tables) or report_training.NOTHING
+
+
+def cost(runs: list[dict[str, Any]], entries: list[dict[str, Any]]) -> str:
+    lines = [f"<sub>{source(run)}</sub><br>" for run in report_training.cost_runs(runs)]
+    return "\n".join([report_training.cost_table(runs, entries), *([""] * bool(lines)), *lines])
+
+
+def published() -> list[dict[str, Any]]:
+    return yaml.safe_load(PUBLISHED.read_text())
 
 
 def ops_table(runs: list[dict[str, Any]]) -> str:
@@ -108,34 +118,6 @@ def _rates(rows: list[dict[str, Any]]) -> str:
     return f"{rates} {'million ' if million else ''}{rows[0]['unit']}"
 
 
-def draw(runs: list[dict[str, Any]]) -> None:
-    """Training speed of ours over each peer's, one bar a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    bars = [
-        (
-            f"{r['shape']['preset']}, {r['shape']['batch']} x {r['shape']['seq']}, vs {r['impl']}\n{short_device(run['device'])}",
-            r["ratio"],
-        )
-        for run in runs
-        for r in run["rows"]
-        if r["impl"] != "ours"
-    ]
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.7 * len(bars)), constrained_layout=True)
-    names, ratios = [b[0] for b in bars], [b[1] for b in bars]
-    drawn = axes.barh(names, ratios, color=["tab:green" if r >= 1 else "tab:gray" for r in ratios])
-    axes.bar_label(drawn, [f"{r:.2f}x" for r in ratios], padding=3)
-    axes.axvline(1, color="k", lw=0.8, ls="--")
-    axes.set(
-        xlabel="training speed, ours / peer (same weights, batches and run)", xlim=(0, max(ratios) * 1.15)
-    )
-    axes.invert_yaxis()
-    save(figure, "speed")
-
-
 def save(figure: Any, name: str) -> None:
     import matplotlib
 
@@ -145,10 +127,6 @@ def save(figure: Any, name: str) -> None:
         metadata = {"Date": None} if suffix == ".svg" else None
         with matplotlib.rc_context({"svg.hashsalt": name}):
             figure.savefig((DOCS / name).with_suffix(suffix), dpi=130, metadata=metadata)
-
-
-def short_device(name: str) -> str:
-    return re.sub(r"\s+(80GB|HBM3|with.*)", "", name)
 
 
 def fill(text: str, name: str, body: str) -> str:
@@ -161,8 +139,13 @@ def fill(text: str, name: str, body: str) -> str:
 
 def filled(text: str) -> str:
     """The README's text with its tables made anew."""
+    runs, entries = load("tokens-per-second"), published()
     for name, table in (
-        ("training", training_table(load("tokens-per-second"))),
+        ("training", training(runs)),
+        ("ladder", sourced(report_training.ladder, load("ladder-"))),
+        ("sizes", sourced(report_training.sizes, load("sizes-"))),
+        ("cost", cost(runs, entries)),
+        ("published", report_training.published_table(entries, runs)),
         ("ops", ops_table(load("ops-cpu"))),
         ("ops-gpu", gpu_ops(gpu_runs())),
         ("data", data_table(load("data-"))),
@@ -171,14 +154,24 @@ def filled(text: str) -> str:
     return text
 
 
+def pictures() -> dict[str, Any]:
+    """A figure for each of docs/'s names whose results are stored."""
+    made, runs, ops = {}, load("tokens-per-second"), gpu_runs()
+    if any(row["rate"] for run in runs for row in run["rows"]):
+        made["speed"] = report_pictures.speed(runs)
+    if report_pictures.has_parts(runs):
+        made["parts"] = report_pictures.parts(runs)
+    if ops:
+        made["ops"] = report_ops.draw(max(ops, key=lambda run: run["date"]))
+    return made
+
+
 def main() -> None:
     README.write_text(filled(README.read_text()))
-    draw(load("tokens-per-second"))
-    written = ["speed"]
-    if runs := gpu_runs():
-        save(report_ops.draw(max(runs, key=lambda run: run["date"])), "ops")
-        written.append("ops")
-    print(f"wrote {README.name} and {DOCS.name}/{{{','.join(written)}}}.{{svg,png}}")
+    made = pictures()
+    for name, figure in made.items():
+        save(figure, name)
+    print(f"wrote {README.name} and {DOCS.name}/{{{','.join(made)}}}.{{svg,png}}")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,19 @@ from torch.autograd.function import once_differentiable
 
 from . import backend as backends
 from . import checks, library
+from .weight_gradient import give_gradient, grad_dtype
 
 
-def embedding(ids: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+def embedding(
+    ids: torch.Tensor, weight: torch.Tensor, *, accumulate: bool = False, backend: str | None = None
+) -> torch.Tensor:
     """weight[ids].
 
     Args:
         ids: (...), int64 or int32, from 0 to below vocab.
         weight: (vocab, hidden), fp32, bf16, fp16 or fp64.
+        accumulate: backward adds to `weight.grad` itself and gives autograd no gradient: where there is one already, nothing
+            of the table's size is made. Not for torch.autograd.grad.
         backend: of the gradient, `cuda`, `triton`, `reference`; None chooses.
 
     Returns:
@@ -42,7 +47,7 @@ def embedding(ids: torch.Tensor, weight: torch.Tensor, *, backend: str | None = 
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, takes (vocab, hidden)")
     checks.same_device("ids", ids, weight.device, "weight")
     _check_ids(ids, len(weight))
-    return _Embedding.apply(ids, weight, backends.choose("embedding", weight, backend))
+    return _Embedding.apply(ids, weight, accumulate, backends.choose("embedding", weight, backend))
 
 
 def _check_ids(ids: torch.Tensor, vocab: int) -> None:
@@ -55,31 +60,29 @@ def _check_ids(ids: torch.Tensor, vocab: int) -> None:
             )
 
 
-def _grad_dtype(weight: torch.Tensor) -> torch.dtype:
-    """fp32 where that is what the weight takes, so that the sums are not rounded on their way there."""
-    if torch.compiler.is_compiling() or not weight.is_leaf or weight.grad_dtype != torch.float32:
-        return weight.dtype
-    return torch.float32
-
-
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor, backend: str) -> torch.Tensor:
-        ctx.save_for_backward(ids)
-        ctx.shape, ctx.dtype, ctx.backend = weight.shape, _grad_dtype(weight), backend
+    def forward(
+        ctx: Any, ids: torch.Tensor, weight: torch.Tensor, accumulate: bool, backend: str
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.dtype, ctx.accumulate, ctx.backend = grad_dtype(weight), accumulate, backend
         return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable  # a second derivative raises instead of being wrong
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ids, (vocab, hidden) = ctx.saved_tensors[0].reshape(-1).to(torch.int64), ctx.shape
+        ids, weight = ctx.saved_tensors
+        ids, (vocab, hidden) = ids.reshape(-1).to(torch.int64), weight.shape
         dy = checks.rows(dy, hidden)
         if ctx.backend == "reference":
-            return None, embedding_backward_reference(dy, ids, vocab).to(ctx.dtype), None
+            dweight = embedding_backward_reference(dy, ids, vocab).to(ctx.dtype)
+            return None, give_gradient(weight, dweight, ctx.accumulate), None, None
         sorted_ids, order = torch.sort(ids, stable=True)
-        dweight = dy.new_zeros((vocab, hidden), dtype=ctx.dtype)
+        adds = ctx.accumulate and weight.grad is not None
+        dweight = weight.grad if adds else dy.new_zeros((vocab, hidden), dtype=ctx.dtype)
         library.ops(ctx.backend).embedding_bwd_(dweight, dy, sorted_ids, order)
-        return None, dweight, None
+        return None, None if adds else give_gradient(weight, dweight, ctx.accumulate), None, None
 
 
 @library.fake("embedding_bwd_")

@@ -29,6 +29,7 @@ from .cross_entropy import (
     weight_sum,
 )
 from .scale import scale_
+from .weight_gradient import grad_dtype, weight_gradient_
 
 _CHUNK_BYTES = int(0.8 * 2**30)  # of logits
 _TILE = 128  # rows of a matrix product's tile: chunks are multiples of it
@@ -47,6 +48,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     chunk_tokens: int | None = None,
+    accumulate: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """cross_entropy(h @ weight.T, labels), in nats, without the logits of more than one chunk of tokens.
@@ -58,6 +60,9 @@ def linear_cross_entropy(
         weights, ignore_index, reduction, z_loss, softcap: as in `cross_entropy`. With `none`, backward makes the logits
             again, since only then the gradient of each row is known.
         chunk_tokens: tokens in a chunk; None: equal chunks of at most 0.8 GiB of logits (CPU: 1,024 tokens too).
+        accumulate: forward adds dW to `weight.grad` itself, in the matrix product, and backward gives autograd none. The
+            loss has to be the root of backward then: a gradient of it other than 1 raises (on a GPU as a device assert).
+            What scales it goes into `weights`. Not for `none`, the reference, or where no gradient is asked for.
         backend: of the cross-entropy, `cuda`, `triton`, `cpu`, `reference`; None chooses. The reference holds all logits,
             and is what fp64 runs on everywhere and fp16 on the CPU.
 
@@ -80,7 +85,7 @@ def linear_cross_entropy(
     count = weight_sum(labels, weights, ignore_index) if reduction == "mean" else None
     chosen = backends.choose("linear_cross_entropy", h, backend)
     if chosen != "reference" and reduction != "none":
-        return _summed(h, weight, labels, weights, count, (options, chunk_tokens, chosen))
+        return _summed(h, weight, labels, weights, count, (options, chunk_tokens, chosen), accumulate)
     if chosen == "reference":
         check_labels(labels, len(weight), ignore_index)
         losses = cross_entropy_reference(F.linear(h, weight), labels, *options)
@@ -95,7 +100,7 @@ def _flat(h, weight, labels) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return checks.rows(h, h.shape[-1]), weight, labels.reshape(-1).to(torch.int64).contiguous()
 
 
-def _summed(h, weight, labels, weights, count, settings) -> torch.Tensor:
+def _summed(h, weight, labels, weights, count, settings, accumulate: bool) -> torch.Tensor:
     """The weighted sum, over `count` for a mean."""
     weights = None if weights is None else weights.reshape(-1)
     if count is not None and h.dtype != torch.float16:
@@ -103,7 +108,7 @@ def _summed(h, weight, labels, weights, count, settings) -> torch.Tensor:
         ones = h.new_ones((labels.numel(),), dtype=torch.float32)
         weights, count = (ones if weights is None else weights) / count.float(), None
     needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (h, weight))
-    loss = _SummedLoss.apply(*_flat(h, weight, labels), weights, needs, settings)
+    loss = _SummedLoss.apply(*_flat(h, weight, labels), weights, needs, accumulate and needs[1], settings)
     return total(loss, count)
 
 
@@ -155,28 +160,39 @@ def _losses_and_gradients(
 
     An op, so that torch.compile takes its loop for one node of the graph.
     """
-    check_labels(labels, len(weight), ignore_index)
-    options, ops, needed = (ignore_index, softcap, z_loss), library.ops(backend), need_dh or need_dweight
-    losses = h.new_empty((len(h),), dtype=torch.float32)
     dh, dweight = _empty_gradients(h, weight, need_dh, need_dweight)
+    options = (ignore_index, softcap, z_loss)
+    losses = _run_chunks(h, weight, labels, dloss, options, chunk_tokens, dh, dweight, True, backend)
+    return losses, dh, dweight
+
+
+def _run_chunks(
+    h, weight, labels, dloss, options, chunk_tokens, dh, dweight, first: bool, backend: str
+) -> torch.Tensor:
+    """The losses; writes dh and, where it is the first, dweight, else adds to it. An empty one is not needed."""
+    check_labels(labels, len(weight), options[0])
+    ops = library.ops(backend)
+    losses = h.new_empty((len(h),), dtype=torch.float32)
     if len(h) == 0:
-        return losses, dh, dweight.zero_()
+        if first:
+            dweight.zero_()
+        return losses
     chunk = min(len(h), chunk_tokens or _chunk_tokens(len(h), len(weight), h.element_size(), h.device.type))
     logits = h.new_empty((chunk, len(weight)))
     for begin in range(0, len(h), chunk):
         rows = slice(begin, begin + chunk)
         piece = logits[: len(h[rows])]
         torch.mm(h[rows], weight.t(), out=piece)
-        if not needed:
+        if not (dh.numel() or dweight.numel()):
             losses[rows] = ops.cross_entropy_fwd(piece, labels[rows], *options)[0]
             continue
         row_dloss = None if dloss is None else dloss[rows]
         losses[rows] = ops.cross_entropy_fwd_bwd_(piece, labels[rows], row_dloss, *options)
-        if need_dh:
+        if dh.numel():
             torch.mm(piece, weight, out=dh[rows])
-        if need_dweight:
-            _add_product(dweight, piece.t(), h[rows], first=begin == 0)
-    return losses, dh, dweight
+        if dweight.numel():
+            weight_gradient_(dweight, piece, h[rows], first=first and begin == 0)
+    return losses
 
 
 def _empty_gradients(h, weight, need_dh: bool, need_dweight: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,17 +207,6 @@ def _(
     return h.new_empty((len(h),), dtype=torch.float32), *_empty_gradients(h, weight, need_dh, need_dweight)
 
 
-def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """out (fp32) = a @ b, or += where it is not the first; products and sums in fp32 whatever a and b are."""
-    if a.is_cuda:
-        if first:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    else:  # which has no product of mixed dtypes
-        torch.addmm(out, a.float(), b.float(), beta=0 if first else 1, out=out)
-
-
 class _SummedLoss(torch.autograd.Function):
     """The weighted sum of all losses. Forward computes the gradients too, and backward scales them."""
 
@@ -213,27 +218,41 @@ class _SummedLoss(torch.autograd.Function):
         labels: torch.Tensor,
         weights: torch.Tensor | None,
         needs: tuple[bool, bool],
+        accumulate: bool,
         settings: tuple[Options, int | None, str],
     ) -> torch.Tensor:
         options, chunk_tokens, backend = settings
-        losses, dh, dweight = _losses_and_gradients(
-            h, weight, labels, weights, *options, chunk_tokens, *needs, backend
-        )
+        if accumulate:
+            first = weight.grad is None
+            dh, dweight = _empty_gradients(h, weight, needs[0], first)
+            total_dweight = dweight if first else weight.grad
+            losses = _run_chunks(
+                h, weight, labels, weights, options, chunk_tokens, dh, total_dweight, first, backend
+            )
+            if first:
+                weight.grad = dweight.to(grad_dtype(weight))
+            dweight, needs = dh.new_empty(0), (needs[0], False)
+        else:
+            losses, dh, dweight = _losses_and_gradients(
+                h, weight, labels, weights, *options, chunk_tokens, *needs, backend
+            )
         ctx.save_for_backward(dh, dweight)
-        ctx.needs = needs
+        ctx.needs, ctx.accumulate = needs, accumulate
         return (losses if weights is None else losses * weights).sum()
 
     @staticmethod
     @once_differentiable  # a second derivative raises instead of being wrong
     def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = []
+        if ctx.accumulate:  # dW is where it belongs already
+            torch._assert_async(dloss == 1, "openllama: linear_cross_entropy(accumulate=True): got a scaled loss, takes the scale as weights")  # fmt: skip
         for grad, need in zip(ctx.saved_tensors, ctx.needs):
             if need and torch.compiler.is_compiling():  # a graph plans its memory itself
                 grad = (grad * dloss.reshape(1)).to(grad.dtype)
             elif need:
                 scale_(grad, dloss)
             grads.append(grad if need else None)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 class _RowLosses(torch.autograd.Function):

@@ -79,6 +79,46 @@ def _check(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Te
         checks.same_device("residual", residual, x.device, "x")
 
 
+# ---------------------------------------------------------------- forward and backward by hand
+
+
+def rms_norm_forward(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, h, rstd) without autograd, for a backward written by hand; unchecked.
+
+    x, residual: (rows, hidden), rows contiguous. h is x + residual, or x itself; rstd is fp32 (fp64 for fp64), (rows,).
+    """
+    if backend == "reference":
+        h = x if residual is None else x + residual
+        wide, rstd = _wide(h, eps)
+        return (wide * rstd[:, None] * weight).to(x.dtype), h, rstd
+    y, h, rstd = library.ops(backend).rms_norm_fwd(x, residual, weight.contiguous(), eps)
+    return y, x if residual is None else h, rstd
+
+
+def rms_norm_backward(
+    dy: torch.Tensor,
+    dh: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    backend: str,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, dweight) of what `rms_norm_forward` gave; unchecked. dh, the gradient of h, is added to dx.
+
+    dx: (rows, hidden) in h's dtype; dweight: (hidden,) in fp32 (fp64 for fp64). What isn't needed is empty.
+    """
+    if backend != "reference":
+        return library.ops(backend).rms_norm_bwd(dy, dh, h, weight.contiguous(), rstd, need_dx, need_dweight)
+    normed = h.to(rstd.dtype) * rstd[:, None]
+    scaled = dy * weight.to(rstd.dtype)
+    dx = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd[:, None]
+    return (dx if dh is None else dx + dh).to(h.dtype), (dy * normed).sum(0)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -92,9 +132,9 @@ class _RmsNorm(torch.autograd.Function):
         hidden = x.shape[-1]
         flat = checks.rows(x, hidden)
         flat_residual = None if residual is None else checks.rows(residual, hidden)
-        y, h, rstd = library.ops(backend).rms_norm_fwd(flat, flat_residual, weight.contiguous(), eps)
+        y, h, rstd = rms_norm_forward(flat, weight, eps, flat_residual, backend)
         ctx.backend = backend
-        ctx.save_for_backward(flat if residual is None else h, weight, rstd)
+        ctx.save_for_backward(h, weight, rstd)
         ctx.set_materialize_grads(False)  # an output that nothing uses has no gradient to read
         # one output, not (y, None): dynamo can't trace the gradient of None
         return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
@@ -110,12 +150,13 @@ class _RmsNorm(torch.autograd.Function):
         if dy is None:
             dweight = torch.zeros_like(weight) if need_weight else None
             return dh if need_x else None, dweight, dh if need_residual else None, None, None
-        dx, dweight = library.ops(ctx.backend).rms_norm_bwd(
+        dx, dweight = rms_norm_backward(
             checks.rows(dy, hidden),
             None if dh is None else checks.rows(dh, hidden),
             h,
-            weight.contiguous(),
+            weight,
             rstd,
+            ctx.backend,
             need_x or need_residual,
             need_weight,
         )
@@ -143,6 +184,12 @@ def rms_norm_reference(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The definition, in fp32 (fp64 for fp64 inputs)."""
     h = x if residual is None else x + residual
+    wide, rstd = _wide(h, eps)
+    y = (wide * rstd[..., None] * weight).to(x.dtype)
+    return y if residual is None else (y, h)
+
+
+def _wide(h: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """h in fp32 (fp64 for fp64), and rstd of its rows."""
     wide = h.double() if h.dtype == torch.float64 else h.float()
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
-    return y.to(x.dtype) if residual is None else (y.to(x.dtype), h)
+    return wide, torch.rsqrt(wide.square().mean(-1) + eps)

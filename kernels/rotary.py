@@ -44,6 +44,7 @@ def rotary(
     rotated: int | None = None,
     *,
     interleaved: bool = False,
+    inverse: bool = False,
     inplace: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -56,6 +57,7 @@ def rotary(
         positions: (tokens), int32 or int64, each below the tables' rows; or a number n: token i stands at n + i.
         rotated: how many heads turn, the first ones; None: all. The others are passed through.
         interleaved: pairs lie side by side, (2i, 2i + 1); else half of rotary_dim apart, (i, i + rotary_dim / 2).
+        inverse: turn back, by the opposite angles: what the gradient of the turn is.
         inplace: write into x (its values before are lost, so do this to a fresh projection only). No leaf that requires
             grad, and none of several views.
         backend: `cuda`, `triton`, `cpu`, `reference`; None chooses.
@@ -75,7 +77,7 @@ def rotary(
     chosen = backends.choose("rotary", x, backend)
     if chosen == "reference":
         _check_positions(positions, cos)
-        out = rotary_reference(x, cos, sin, positions, rotated, interleaved)
+        out = rotary_reference(x, cos, -sin if inverse else sin, positions, rotated, interleaved)
         return x.copy_(out) if inplace else out
     if inplace:
         _check_inplace(x, dense)
@@ -83,7 +85,7 @@ def rotary(
     compiling = torch.compiler.is_compiling()
     dense_x = x if dense else x.clone(memory_format=torch.contiguous_format)
     at, offset = (_as_int32(positions), 0) if isinstance(positions, torch.Tensor) else (None, positions)
-    turn = (rotated, bool(interleaved))
+    turn = (rotated, bool(interleaved), bool(inverse))
     out = _Rotary.apply(dense_x, cos, sin, at, offset, turn, inplace and not compiling, chosen)
     return x.copy_(out) if inplace and compiling else out
 
@@ -290,7 +292,7 @@ def _as_int32(positions: torch.Tensor) -> torch.Tensor:
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x, cos, sin, positions, offset: int, turn: tuple[int, bool], inplace: bool, backend: str
+        ctx: Any, x, cos, sin, positions, offset: int, turn: tuple[int, bool, bool], inplace: bool, backend: str
     ) -> torch.Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         positions = None if positions is None else positions.contiguous()
@@ -298,8 +300,8 @@ class _Rotary(torch.autograd.Function):
         ctx.offset, ctx.turn, ctx.backend = offset, turn, backend
         ops = library.ops(backend)
         if not inplace:
-            return ops.rotary(x, cos, sin, positions, offset, *turn, False)
-        ops.rotary_(x, cos, sin, positions, offset, *turn, False)
+            return ops.rotary(x, cos, sin, positions, offset, *turn)
+        ops.rotary_(x, cos, sin, positions, offset, *turn)
         ctx.mark_dirty(x)
         return x
 
@@ -308,7 +310,9 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin, positions = ctx.saved_tensors
         dout = dout if _is_dense(dout) else dout.clone(memory_format=torch.contiguous_format)
-        dx = library.ops(ctx.backend).rotary(dout, cos, sin, positions, ctx.offset, *ctx.turn, True)
+        rotated, interleaved, inverse = ctx.turn
+        turn_back = (rotated, interleaved, not inverse)
+        dx = library.ops(ctx.backend).rotary(dout, cos, sin, positions, ctx.offset, *turn_back)
         return dx, None, None, None, None, None, None, None
 
 

@@ -10,24 +10,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from openllama import block
 from openllama.config import ModelConfig
-from openllama.ops import (
-    attention,
-    attention_decode,
-    embedding,
-    linear_cross_entropy,
-    rms_norm,
-    rotary,
-    rotary_tables,
-    swiglu,
-)
+from openllama.ops import embedding, linear_cross_entropy, rms_norm, rotary_tables
 
 
 class Embedding(nn.Embedding):
     """The table; looking up and its gradient are `ops.embedding`."""
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return embedding(ids, self.weight)
+    def forward(self, ids: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+        return embedding(ids, self.weight, accumulate=accumulate)
 
 
 class RMSNorm(nn.Module):
@@ -42,55 +34,31 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, residual)
 
 
-class Context:
-    """What all layers share in one forward: positions, rotary tables, document borders and rows of the cache."""
-
-    def __init__(self, positions, cos, sin, cu_seqlens, max_seqlen, dense_shape, rows):
-        self.positions, self.cos, self.sin = positions, cos, sin
-        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-        self.dense_shape = dense_shape  # (batch, seq), or None for a flat row of tokens
-        self.rows = rows  # (tokens,), the cache's row of each, or None without a cache
-
-
 class Attention(nn.Module):
+    """The projections of the attention half."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.wqkv = nn.Linear(config.hidden, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.wo = nn.Linear(self.heads * self.head_dim, config.hidden, bias=False)
-
-    def forward(self, x: torch.Tensor, context: Context, cache: torch.Tensor | None) -> torch.Tensor:
-        qkv = self.wqkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        # Not in place: on a view, autograd adds two copies of the gradient (3 times slower), and torch.compile fails.
-        qkv = rotary(qkv, context.cos, context.sin, context.positions, self.heads + self.kv_heads)
-        if context.dense_shape is not None:
-            qkv = qkv.view(*context.dense_shape, *qkv.shape[1:])
-        # split, not slices: its backward writes the three gradients into one packed tensor
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
-        if cache is not None:
-            cache[:, context.rows, context.positions] = torch.stack((k, v))
-        if cache is None or context.cu_seqlens is not None:
-            out = attention(q, k, v, context.cu_seqlens, context.max_seqlen)
-        else:
-            out = attention_decode(q, cache[0], cache[1], context.positions + 1)
-        return self.wo(out.reshape(len(x), self.heads * self.head_dim))
+        c = config
+        self.wqkv = nn.Linear(c.hidden, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=False)
+        self.wo = nn.Linear(c.heads * c.head_dim, c.hidden, bias=False)
 
 
 class MLP(nn.Module):
+    """The projections of the MLP half."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.w_gate_up = nn.Linear(config.hidden, 2 * config.intermediate, bias=False)
         self.w_down = nn.Linear(config.intermediate, config.hidden, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w_down(swiglu(self.w_gate_up(x)))
-
 
 class Layer(nn.Module):
-    """One block. It takes the residual stream and the branch not yet added to it, so that the add rides in the norm."""
+    """The weights of one block; what it does with them is openllama/block.py."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.heads = block.Heads(config.heads, config.kv_heads, config.head_dim)
         self.attention_norm = RMSNorm(config.hidden, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden, config.norm_eps)
@@ -100,24 +68,32 @@ class Layer(nn.Module):
         self,
         branch: torch.Tensor,
         residual: torch.Tensor | None,
-        context: Context,
+        sequences: block.Sequences,
+        settings: block.Settings,
         cache: torch.Tensor | None,
-    ):
-        if residual is None:  # the first layer: nothing to add yet
-            residual = branch
-            y = self.attention_norm(branch)
-        else:
-            y, residual = self.attention_norm(branch, residual)
-        y, residual = self.mlp_norm(self.attention(y, context, cache), residual)
-        return self.mlp(y), residual
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream comes and goes as its last branch, not yet added, and the rest."""
+        norm, a, m = self.attention_norm, self.attention, self.mlp
+        middle = block.Attention(self.heads, sequences, cache)
+        branch, residual = block.half(
+            middle, branch, residual, norm.weight, [a.wqkv.weight], a.wo.weight, norm.eps, settings
+        )
+        norm = self.mlp_norm
+        return block.half(
+            block.Swiglu(), branch, residual, norm.weight, [m.w_gate_up.weight], m.w_down.weight, norm.eps, settings
+        )
 
 
 class Llama(nn.Module):
-    """The model. `forward` gives logits, or with labels the summed cross-entropy that training uses."""
+    """The model. `forward` gives logits, or with labels the summed cross-entropy that training uses.
+
+    `settings` says what a block keeps for backward, and whether weight gradients are added to `.grad` in their matrix
+    products (openllama/block.py); assign another one at any time between steps.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.settings = config, block.Settings()
         self.embed = Embedding(config.vocab_size, config.hidden)
         self.embed_norm = nn.LayerNorm(config.hidden, config.norm_eps) if config.stable_embedding else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
@@ -166,13 +142,13 @@ class Llama(nn.Module):
             start into row i (an empty one leaves its row as it is). Without, ids and positions are (rows,): the next
             token of each row, which sees what the row holds before it. A slice of rows or capacity will do.
         """
-        context = self._context(ids, positions, cu_seqlens, max_seqlen, cache)
-        x = self.embed(ids.reshape(-1))
+        sequences = self._sequences(ids, positions, cu_seqlens, max_seqlen, cache)
+        x = self.embed(ids.reshape(-1), self.settings.accumulate)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         residual = None
         for layer, entries in zip(self.layers, [None] * len(self.layers) if cache is None else cache):
-            x, residual = layer(x, residual, context, entries)
+            x, residual = layer(x, residual, sequences, self.settings, entries)
         return self.norm(x, residual)[0]
 
     def new_cache(self, rows: int, capacity: int) -> torch.Tensor:
@@ -193,6 +169,7 @@ class Llama(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         labels: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits, or the loss when labels are given.
 
@@ -203,10 +180,12 @@ class Llama(nn.Module):
             cu_seqlens: (documents + 1) int32 borders of packed documents.
             max_seqlen: the longest document's length, with cu_seqlens.
             labels: ids' shape: the next token of each, -100 where none counts.
+            scale: of the loss, one fp32 number on the device; None: 1. Here and not on the loss, because the head's
+                gradient is made in forward; with `settings.accumulate` there is no other place for it.
 
         Returns:
-            Logits of ids' shape + (vocab,); with labels the summed cross-entropy in nats, fp32: divide it by the
-            number of labels that count.
+            Logits of ids' shape + (vocab,); with labels the summed cross-entropy in nats, fp32, times `scale`: one over the
+            number of labels that count makes a mean of it.
 
         Raises:
             ValueError: an id beyond the vocabulary (on the CPU), an input longer than max_positions.
@@ -214,9 +193,13 @@ class Llama(nn.Module):
         hidden = self.hidden_states(ids, positions, cu_seqlens, max_seqlen)
         if labels is None:
             return self.head(hidden).view(*ids.shape, self.config.vocab_size)
-        return linear_cross_entropy(hidden, self.head.weight, labels.reshape(-1), reduction="sum")
+        labels, accumulate = labels.reshape(-1), self.settings.accumulate
+        weights = None if scale is None else scale.expand(len(labels)).contiguous()
+        return linear_cross_entropy(
+            hidden, self.head.weight, labels, weights=weights, reduction="sum", accumulate=accumulate
+        )
 
-    def _context(self, ids, positions, cu_seqlens, max_seqlen, cache) -> Context:
+    def _sequences(self, ids, positions, cu_seqlens, max_seqlen, cache) -> block.Sequences:
         dense_shape = rows = None
         if cache is not None:
             rows = _cache_rows(cache, ids, cu_seqlens)
@@ -239,7 +222,7 @@ class Llama(nn.Module):
                 f"ids: a document of {max_seqlen} tokens, takes at most max_positions={self.config.max_positions}"
             )
         cos, sin = self.tables(ids.device)
-        return Context(positions.reshape(-1), cos, sin, cu_seqlens, max_seqlen, dense_shape, rows)
+        return block.Sequences(positions.reshape(-1), cos, sin, cu_seqlens, max_seqlen, dense_shape, rows)
 
 
 def _cache_rows(cache, ids, cu_seqlens) -> torch.Tensor:

@@ -89,6 +89,9 @@ def _output_shapes(model: Llama, seq: int) -> dict[nn.Module, str]:
     def note(module: nn.Module, _: object, out: object) -> None:
         first = out[0] if isinstance(out, tuple) else out
         shapes[module] = str([1, *first.shape])  # type: ignore[attr-defined]
+        if module is model.layers[0]:  # whose parts are weights for one function, which calls no module
+            for _, part in _parts(model.layers[0]):
+                shapes[part] = str([1, seq, len(part.weight)])
 
     hooks = [m.register_forward_hook(note) for m in model.modules()]
     model(torch.zeros(1, seq, dtype=torch.int64, device="meta"))

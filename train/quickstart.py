@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import results, tokens_per_second
-from benchmarks.peers.hf import HuggingFace
+from benchmarks import results
+from benchmarks.peers import hf as peer
+from benchmarks.training import runner, work
+from benchmarks.training.compare import compare
 from openllama import cli, config, devices, hf
 from openllama.data.bigram import bigram_loss
 from openllama.data.cache import TokenCache
@@ -267,9 +269,10 @@ class Quickstart:
         """Export to HuggingFace, and its held-out loss there"""
         folder = self.out / "hf"
         hf.export_hf(self.model, folder, self.settings.tokenizer)
-        peer = HuggingFace(folder, self.settings.batch, self.device, self.model.embed.weight.dtype)
+        exported = peer.from_folder(folder, self.device, self.model.embed.weight.dtype)
+        there = peer.HuggingFace(exported, self.settings.batch, packed=True)
         with torch.no_grad():
-            theirs = held_out_loss(peer.loss, self._valid_loader().one_epoch())
+            theirs = held_out_loss(there.loss, self._valid_loader().one_epoch())
         gap = abs(theirs - self.valid_loss) / self.valid_loss
         print(f"{folder}: {theirs:.6f} nats/token in transformers, {self.valid_loss:.6f} here")
         tolerance = 1e-4 if self.model.embed.weight.dtype == torch.float32 else 1e-2
@@ -283,12 +286,12 @@ class Quickstart:
         """Training speed beside HuggingFace's Llama: same weights, same batches, same run"""
         c = self.settings
         loader = PackedLoader(self.train_tokens, c.context, c.batch, seed=1, mix=c.mix)
-        count = TIMED_STEPS + tokens_per_second.WARMUP
+        count = TIMED_STEPS + work.WARMUP
         steps = [[next(loader) for _ in range(c.accumulation)] for _ in range(count)]
-        rows = tokens_per_second.compare(self.model, steps, c.batch, ["hf"], self.device)
+        rows = compare(self.model, steps, c.batch, self.device)
         for row in rows:
             row["shape"] = {"preset": c.preset, "batch": c.batch, "seq": c.context}
-        print(tokens_per_second.table(rows))
+        print(runner.table(rows))
         results.write("speed", rows, self.device, self.out)
         ratio = rows[1]["ratio"]
         barred = self.shipped and self.device.type == "cpu"

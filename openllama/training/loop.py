@@ -37,7 +37,7 @@ from openllama.training.inputs import Split, check_inputs, packed_loader, token_
 from openllama.training.monitor import Monitor, read_metrics
 from openllama.training.ranks import TIMEOUT, Ranks
 from openllama.training.step import (
-    accumulate_in_fp32,
+    accumulate_gradients,
     batch_loss,
     held_out_loss,
     squared_mean_length,
@@ -82,8 +82,7 @@ class Trainer:
         self.optimizer = AdamW(
             groups, c.lr, (c.beta1, c.beta2), c.eps, moments=c.moments, masters=c.masters, seed=c.seed
         )
-        if self.ranks.world == 1:
-            accumulate_in_fp32(self.model)
+        accumulate_gradients(self.model, self.ranks.world)
         self.engine = self.accelerator.prepare_model(self.model)
 
     def _initial(self, shape: ModelConfig) -> Llama:

@@ -9,9 +9,13 @@ from typing import NamedTuple
 import torch
 
 from openllama.data.loader import Batch
+from openllama.model import Llama
 from openllama.ops import grad_norm
 from openllama.optim import AdamW
+from openllama.training.micro_step import GraphedMicroStep, micro_step, model_inputs
 from openllama.training.ranks import Ranks
+
+MicroStep = Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor]
 
 
 class StepResult(NamedTuple):
@@ -23,24 +27,15 @@ class StepResult(NamedTuple):
 
 def batch_loss(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
     """The summed cross-entropy of a packed batch, fp32."""
-
-    def put(t: torch.Tensor) -> torch.Tensor:
-        return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-
-    return model(
-        put(batch.ids),
-        put(batch.positions),
-        put(batch.cu_seqlens),
-        batch.max_seqlen,
-        labels=put(batch.labels),
-    )
+    return model(**model_inputs(batch, device))
 
 
-def accumulate_in_fp32(model: torch.nn.Module) -> None:
-    """Lets the micro-batches of low-precision weights add up in fp32 gradients. For one process: DDP and ZeRO need
-    gradients in the weight's own dtype."""
+def accumulate_gradients(model: Llama, world: int = 1) -> None:
+    """Lets micro-batches add up in `.grad` as the gradients are made; of low-precision weights in fp32, for one process:
+    DDP needs gradients in the weight's own dtype."""
+    model.settings = model.settings._replace(accumulate=True)
     for p in model.parameters():
-        if p.dtype != torch.float32:
+        if p.dtype != torch.float32 and world == 1:
             p.grad_dtype = torch.float32
 
 
@@ -52,23 +47,24 @@ def train_step(
     lr: float,
     clip: float,
     world: int = 1,
+    micro_step: MicroStep = micro_step,
 ) -> StepResult:
     """One optimizer step over the micro-batches of every process. Nothing in it waits for the device.
 
     `targets` is the number of labels that count in the whole step, of all `world` processes. The loss is the sum over
     all real tokens divided by it, so a micro-batch with more padding weighs less, as it should, and the same tokens
     give the same step however they are split. `engine` is the model, or DDP around it. Our AdamW clips the gradients
-    as it reads them, which leaves them unclipped; other optimizers get them clipped.
+    as it reads them, which leaves them unclipped; other optimizers get them clipped. Gradients are dropped at the end,
+    or, where `micro_step` replays CUDA graphs, zeroed.
     """
     device = next(engine.parameters()).device
+    # DDP averages over processes, so each one's sum is scaled up by their number
+    scale = torch.full((), world / targets, device=device)
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         with nullcontext() if last or world == 1 else engine.no_sync():  # type: ignore[operator]
-            loss = batch_loss(engine, batch, device)
-            # DDP averages over processes, so each one's sum is scaled up by their number
-            (loss * (world / targets)).backward()
-        total += loss.detach()
+            total += micro_step(engine, batch, scale)
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):  # of a capturable optimizer
             group["lr"].fill_(lr)
@@ -80,8 +76,8 @@ def train_step(
     else:
         norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), clip)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(total / targets, norm)
+    optimizer.zero_grad(set_to_none=not isinstance(micro_step, GraphedMicroStep))
+    return StepResult(total / world, norm)
 
 
 def squared_mean_length(batches: Sequence[Batch]) -> float:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import report, report_ops, results
+from benchmarks import report, report_ops, report_pictures, report_training, results
 from benchmarks.ops import (
     bars,
     bench_adamw,
@@ -50,6 +50,131 @@ def test_the_chinese_readme_gives_the_same_commands():
         for name in ("README.md", "README.zh.md")
     ]
     assert [block for block in blocks[0] if block in blocks[1]] == blocks[1] != []
+
+
+MARKS = ("training", "ladder", "sizes", "cost", "published", "ops", "ops-gpu", "data")
+
+# ---------------------------------------------------------------- the training step
+
+SHAPE = {"preset": "7b", "batch": 2, "seq": 1024, "accumulation": 12}
+
+
+def side(impl, rate, shape=SHAPE, ours=14000.0, **more):
+    """A row of a training run, as benchmarks/tokens_per_second.py stores it."""
+    said = {"bench": "train_step", "shape": shape, "impl": impl, "optimizer": "lean", "unit": "tokens/s"}
+    said |= {"dtype": "bfloat16", "settings": "", "parts": None, "error": None}
+    if rate is None:  # a side that did not run
+        none = ("ms", "rate", "model_tflops", "of_ceiling", "peak_gib", "ratio", "parameters", "dtype")
+        return said | dict.fromkeys(none) | more
+    timed = {"ms": 1e6 / rate, "rate": rate, "model_tflops": rate / 20, "of_ceiling": rate / 20000}
+    return said | timed | {"peak_gib": 99.5, "ratio": ours / rate, "parameters": 6_885_879_808} | more
+
+
+def training_run(rows, device="NVIDIA H200", date="2026-12-01"):
+    return {
+        **{"command": "time it", "commit": "1234567", "date": date, "device": device, "versions": {}},
+        "rows": rows,
+    }
+
+
+def peers():
+    return training_run(
+        [
+            side("ours", 14000.0, parts={"forward": 500.0, "backward": 900.0}, settings="recompute none"),
+            side("ours:bf16-states", 14200.0),
+            side("hf:eager", None, error="out of memory"),
+            side("hf:sdpa", 10000.0),
+            side("hf:compile", 12500.0, parts={"forward": 600.0, "optimizer": 20.0}),
+            side("hf:fp8+compile", 19000.0),
+            side("hf:xformers", None, error="not installed"),
+            side("hf:flash", None, error="not installed"),
+            side("hf:liger", None, error="RuntimeError: a | b\n" + "long " * 40),
+        ]
+    )
+
+
+def test_a_run_has_a_line_for_each_side_and_the_best_bf16_peer_in_bold():
+    lines = report_training.table(peers()).splitlines()
+    assert lines[0] == "**7b, batch 2, seq 1024, accumulation 12, bfloat16, NVIDIA H200**"
+    sides = {line.split(" | ")[0].strip("|* "): line for line in lines[4:] if line.startswith("|")}
+    assert sides["ours"] == "| ours | lean | 14,000 | 700 | 70.0% | 99.5 |  |"
+    assert sides["hf:compile"].endswith("| **12,500** | **625** | **62.5%** | **99.5** | **1.12x** |")
+    assert sum("**" in line for line in sides.values()) == 1  # fp8, which is faster, is other arithmetic
+    assert sides["hf:eager"] == "| hf:eager | lean | out of memory |  |  |  |  |"
+    assert "RuntimeError: a \\| b long" in sides["hf:liger"] and len(sides["hf:liger"]) < 130
+    assert lines[-1] == "not installed: hf:xformers, hf:flash" and "hf:flash" not in sides
+    assert "ours with recompute none" in lines
+
+
+def test_a_row_from_before_there_were_more_columns():
+    new = ("settings", "peak_gib", "parameters", "parts", "error")
+    run = peers()
+    run["rows"] = [{k: v for k, v in row.items() if k not in new} for row in run["rows"] if row["rate"]]
+    assert "| ours | lean | 14,000 | 700 | 70.0% |  |  |" in report_training.table(run)
+    assert not report_pictures.has_parts([run]) and report_pictures.speed([run])
+    assert "| **ours** | **7b** |" in report_training.published_table([], [run])
+
+
+def test_runs_of_the_newest_day_come_first_and_cpus_last():
+    tiny = SHAPE | {"preset": "tiny"}
+    runs = [
+        training_run([side("ours", 1.0, tiny)], "AMD EPYC, 2 threads", "2026-12-02"),
+        training_run([side("ours", 1.0)], date="2026-11-01"),
+        training_run([side("ours", 1.0, SHAPE | {"preset": "125m"})]),
+        training_run([side("ours", 1.0, SHAPE | {"preset": "llama3-8b"})]),
+        training_run([side("ours", 1.0, SHAPE | {"batch": 8})]),
+        training_run([side("ours", 1.0)]),
+    ]
+    assert report_training.ordered(runs) == [runs[i] for i in (5, 4, 3, 2, 1, 0)]
+
+
+def test_a_rung_is_held_against_the_last_one_that_ran():
+    rungs = [side("eager", 8000.0), side("graphs", None, error="no such"), side("fused", 12000.0)]
+    lines = report_training.ladder(training_run([*rungs, side("block", 14400.0)])).splitlines()[4:]
+    assert lines[0].endswith("|  |  |") and "| no such |" in lines[1] and lines[1].endswith("|  |  |")
+    assert lines[2].endswith("| 1.50x | 1.50x |") and lines[3].endswith("| 1.20x | 1.80x |")
+
+
+def test_a_model_that_was_cut_says_so():
+    cut = side("ours", 5000.0, SHAPE | {"preset": "65b", "layers": 12}, parameters=10_000_000_000)
+    unknown = {**cut, "parameters": None}
+    lines = report_training.sizes(training_run([side("ours", 14000.0), cut, unknown])).splitlines()[4:]
+    assert lines[0].startswith("| 7b, 2 x 1024 | ours | 14,000 |") and lines[0].endswith("| 96,402 |")
+    assert lines[1].startswith("| 65b, 12 of its 80 layers, 2 x 1024 |") and lines[1].endswith("| 50,000 |")
+    assert lines[2].endswith("|  |")
+
+
+def test_cost_takes_each_side_at_its_best_batch_on_the_newest_card():
+    large = training_run([side("ours", 15500.0, SHAPE | {"batch": 8}), side("hf:eager", None)])
+    other = training_run([side("ours", 99999.0)], "NVIDIA H100", "2026-01-01")
+    text = report_training.cost_table([peers(), large, other], report.published())
+    assert "| ours, 8 x 1024 | NVIDIA H200 | 15,500 | 8,961 | 3.000 | $26,882 |" in text
+    assert "| hf:compile, 2 x 1024 |" in text and "99,999" not in text and "hf:eager" not in text
+    assert text.splitlines()[-1].startswith("| Open-Llama, 2023 | A100 80 GB | 3,290 | 42,215 | 1.575 |")
+    on_cpu = training_run([side("ours", 1.0)], "AMD EPYC, 2 threads")
+    assert report_training.cost_table([on_cpu], []) == report_training.NOTHING
+
+
+def test_every_published_figure_has_a_source_and_is_one_figure():
+    entries = report.published()
+    needed = {"project", "model", "parameters_billion", "device", "year", "source"}
+    for entry in entries:
+        rate = (
+            {"tokens_per_second_per_gpu"} if "tokens_per_second_per_gpu" in entry else {"tokens", "gpu_hours"}
+        )
+        assert needed | rate <= entry.keys() <= needed | rate | {"precision", "seq", "how"}, entry
+        assert entry["source"].startswith("https://") and report_training.rate_of(entry) > 0
+        assert "how" in entry or "tokens" not in entry, entry
+    rates = {(e["project"], e["model"]): report_training.rate_of(e) for e in entries}
+    # the speeds that Open-Llama's own table states
+    assert rates["LLaMA", "LLaMA 7B"] == pytest.approx(3370, abs=1)
+    assert rates["LLaMA", "LLaMA 65B"] == pytest.approx(380, abs=1)
+    assert rates["Bloom", "Bloom 175B"] == pytest.approx(93.9, abs=0.1)
+    assert rates["GPT-NeoX", "GPT-NeoX 20B"] == pytest.approx(635.6, abs=0.1)
+    table = report_training.published_table(entries, [peers()])
+    assert table.splitlines()[2].startswith(
+        "| **ours** | **7b** | **NVIDIA H200, bfloat16, seq 1024** | **2026** |"
+    )
 
 
 # ---------------------------------------------------------------- the op suite on a GPU
@@ -107,26 +232,31 @@ def test_a_peer_within_the_noise_is_no_faster():
 
 
 @pytest.mark.parametrize("stored", (False, True))
-def test_the_report_with_and_without_a_gpu_run(stored, tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(
-        "".join(f"<!-- {n} -->\n<!-- /{n} -->\n" for n in ("training", "ops", "ops-gpu", "data"))
-    )
-    folder = tmp_path / "results"
+def test_the_report_with_and_without_gpu_runs(stored, tmp_path, monkeypatch):
+    readme, folder = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text("".join(f"<!-- {n} -->\n<!-- /{n} -->\n" for n in MARKS))
     folder.mkdir()
-    for path in results.FOLDER.glob("*.json"):
-        if path.name == "ops-cpu.json" or not path.name.startswith("ops-"):
-            (folder / path.name).write_text(path.read_text())
+    for path in (results.FOLDER / "ops-cpu.json", *results.FOLDER.glob("data-*.json")):
+        (folder / path.name).write_text(path.read_text())
+    runs = {"tokens-per-second-tiny-cpu": training_run([side("ours", 9.0)], "AMD EPYC, 2 threads")}
     if stored:
-        (folder / "ops-card.json").write_text(json.dumps(gpu_run()))
+        runs |= dict.fromkeys(("tokens-per-second-7b-card", "ladder-card", "sizes-card"), peers())
+        runs["ops-card"] = gpu_run()
+    for name, run in runs.items():
+        (folder / f"{name}.json").write_text(json.dumps(run))
     for name, value in {"README": readme, "RESULTS": folder, "DOCS": tmp_path / "docs"}.items():
         monkeypatch.setattr(report, name, value)
     report.main()
     text = readme.read_text()
     assert ("no GPU results stored yet" in text) is not stored
-    assert ("docs/ops.svg" in text) is stored and ("0.80x" in text) is stored
-    pictures = {"speed.svg", "speed.png"} | ({"ops.svg", "ops.png"} if stored else set())
-    assert {path.name for path in (tmp_path / "docs").iterdir()} == pictures
+    assert text.count(report_training.NOTHING) == (0 if stored else 3)  # the ladder, the sizes, the cost
+    assert all((mark in text) is stored for mark in ("docs/ops.svg", "docs/parts.svg", "0.80x", "1.12x"))
+    made = {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
+    names = ("speed", "parts", "ops") if stored else ("speed",)
+    assert made.keys() == {f"{name}.{suffix}" for name in names for suffix in ("svg", "png")}
+    report.main()
+    again = {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
+    assert again == made and readme.read_text() == text  # the same figures give the same files
 
 
 @pytest.fixture

@@ -1,0 +1,94 @@
+"""Our side: the very step that pre-training runs, and how its settings are named in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.training import memory, weights
+from benchmarks.training.work import CLIP, LR, WEIGHT_DECAY, Work
+from openllama.config import ModelConfig
+from openllama.data.loader import Batch
+from openllama.model import Llama
+from openllama.optim import AdamW, decay_groups
+from openllama.training.micro_step import GraphedMicroStep
+from openllama.training.step import accumulate_gradients, train_step
+
+
+class Ours:
+    """The model is set up as the trainer does it. What `recompute`, `accumulate` and `graph` ask for differs from that
+    only where they are not None: this is the one place that knows where each of them goes."""
+
+    def __init__(
+        self,
+        model: Llama,
+        form: memory.Form = memory.FORMS[0],
+        recompute: str | None = None,
+        accumulate: bool | None = None,
+        graph: bool | None = None,
+    ):
+        self.model, self.form, self.graph = model, form, bool(graph)
+        self.optimizer = AdamW(
+            decay_groups(model, WEIGHT_DECAY), lr=LR, moments=form.moments, masters=form.masters
+        )
+        accumulate_gradients(model)
+        asked = {"recompute": recompute, "accumulate": accumulate}
+        model.settings = model.settings._replace(**{k: v for k, v in asked.items() if v is not None})
+        self.options: dict[str, Any] = {"micro_step": GraphedMicroStep()} if graph else {}
+
+    def step(self, batches: Sequence[Batch]) -> torch.Tensor:
+        targets = sum(batch.targets for batch in batches)
+        return train_step(self.model, self.optimizer, batches, targets, LR, CLIP, **self.options).loss
+
+    @property
+    def optimizer_words(self) -> str:
+        masters = {
+            "fp32": "fp32 masters",
+            "remainder": "exact masters as 16-bit remainders",
+            "none": "no masters",
+        }
+        of_weights = "fp32 weights"
+        if next(self.model.parameters()).dtype != torch.float32:
+            of_weights = masters[self.form.masters]
+        return f"our AdamW, {self.form.moments} moments, {of_weights}, {self.optimizer.state_bytes():.1f} bytes a parameter"
+
+    @property
+    def settings_words(self) -> str:
+        words = self.model.settings._asdict() | {"graph": self.graph} | self.form._asdict()
+        return ", ".join(f"{name} {value}" for name, value in words.items())
+
+
+def forms(
+    work: Work,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    moments: str,
+    masters: str,
+    recompute: str | None,
+) -> tuple[memory.Form, ...]:
+    """The forms of AdamW to try in turn, until one does not run out of memory: those that `moments` and `masters` allow."""
+    allowed = tuple(
+        f for f in memory.FORMS if moments in ("auto", f.moments) and masters in ("auto", f.masters)
+    )
+    if not allowed and "auto" not in (moments, masters):
+        allowed = (memory.Form(moments, masters),)  # AdamW itself says what it takes
+    if not allowed:
+        raise ValueError(
+            f"--moments, --masters: got {moments}, {masters}; auto takes one of "
+            + "; ".join(", ".join(form) for form in memory.FORMS)
+        )
+    tokens, kept = work.batch * work.seq, recompute or memory.RECOMPUTE
+    return memory.fitting(
+        allowed,
+        memory.free_bytes(device),
+        lambda form: memory.step_bytes(config, tokens, dtype, form, kept),
+    )
+
+
+def build(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, form: memory.Form, **switches: Any
+) -> Ours:
+    return Ours(weights.our_model(config, device, dtype), form, **switches)

@@ -1,0 +1,228 @@
+"""A Llama block as two halves, each of them one autograd node, written by hand over our ops and matrix products.
+
+    h = branch + residual
+    branch' = W_out middle(W_in norm(h))        middle: rotary and attention, or SwiGLU
+
+A half gives (branch', h): the add rides in the next norm. (In the matrix product it would cost more: PyTorch's addmm copies
+what it adds to.) By hand, because autograd would keep more than backward needs, add up gradients in passes of their own
+and wait between ops; here nothing is kept that is cheaper to make again, and weight gradients are added up in their product.
+
+What a half keeps for backward, and what it makes again (bytes: of the 7b in bf16, a token and layer):
+
+    recompute | both keep h and rstd | attention                        | MLP                           | KB
+    none      | norm(h)              | qkv after rotary, out and lse    | gate-up, act made again        | 109
+    norm      |                      | the same; norm(h) made again     | the same; norm(h) made again   |  93
+    mlp       |                      | the same                         | nothing: one product more      |  49
+    full      |                      | nothing: product and attention   | nothing                        |  16
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from openllama.kernels import backend, checks
+from openllama.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from openllama.kernels.weight_gradient import give_gradient, linear_weight_gradient
+from openllama.ops import attention, attention_decode, rotary, swiglu, swiglu_backward_
+
+Recompute = Literal["none", "norm", "mlp", "full"]
+
+
+class Middle(Protocol):
+    """What lies between a half's two projections. One is made for each call; what backward needs stays in it."""
+
+    keeps: tuple[Recompute, ...]  # under these it stays; under others the half makes it again
+
+    def forward(self, inner: torch.Tensor, keep: bool) -> torch.Tensor:
+        """Of the input projection's output, which it may overwrite, (tokens, n): the output projection's input."""
+        ...
+
+    def backward(self, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What forward gave (again), and the gradient of `inner`. May overwrite dout."""
+        ...
+
+
+class Swiglu:
+    """The middle of the MLP."""
+
+    keeps: tuple[Recompute, ...] = ("none", "norm")
+
+    def forward(self, inner: torch.Tensor, keep: bool) -> torch.Tensor:
+        self.gate_up = inner if keep else None
+        return swiglu(inner)
+
+    def backward(self, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.gate_up is not None
+        swiglu_backward_(dout, self.gate_up)
+        return dout, self.gate_up
+
+
+class Heads(NamedTuple):
+    """How the packed qkv of a token is parted."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Sequences(NamedTuple):
+    """What all layers share in one forward: positions, rotary tables, where sequences begin and end."""
+
+    positions: torch.Tensor  # (tokens,)
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    max_seqlen: int
+    dense_shape: tuple[int, ...] | None  # (batch, seq), or None for a flat row of tokens
+    rows: torch.Tensor | None = None  # (tokens,), the cache's row of each, or None without a cache
+
+
+class Attention:
+    """The middle of the attention half: rotary, and attention over the sequences, or over a cache.
+
+    Its backward is that of PyTorch's kernels, so the piece of graph that they make is what is kept.
+    """
+
+    keeps: tuple[Recompute, ...] = ("none", "norm", "mlp")
+
+    def __init__(self, heads: Heads, sequences: Sequences, cache: torch.Tensor | None = None):
+        self.heads, self.sequences, self.cache = heads, sequences, cache
+
+    def forward(self, inner: torch.Tensor, keep: bool) -> torch.Tensor:
+        (heads, kv_heads, head_dim), s = self.heads, self.sequences
+        qkv = inner.view(len(inner), heads + 2 * kv_heads, head_dim)
+        rotary(qkv, s.cos, s.sin, s.positions, heads + kv_heads, inplace=True)
+        with torch.set_grad_enabled(keep):
+            qkv.requires_grad_(keep)
+            shaped = qkv if s.dense_shape is None else qkv.view(*s.dense_shape, *qkv.shape[1:])
+            # split, not slices: its backward writes the three gradients into one packed tensor
+            out = self._attend(*shaped.split([heads, kv_heads, kv_heads], dim=-2))
+        if keep:
+            self.qkv, self.out = qkv, out
+        return self._flat(out)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        s, cache = self.sequences, self.cache
+        if cache is not None:
+            cache[:, s.rows, s.positions] = torch.stack((k, v))
+            if s.cu_seqlens is None:
+                return attention_decode(q, cache[0], cache[1], s.positions + 1)
+        return attention(q, k, v, s.cu_seqlens, s.max_seqlen)
+
+    def backward(self, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (heads, kv_heads, _), s = self.heads, self.sequences
+        (dqkv,) = torch.autograd.grad(self.out, self.qkv, dout.view(self.out.shape))
+        rotary(dqkv, s.cos, s.sin, s.positions, heads + kv_heads, inverse=True, inplace=True)
+        return self._flat(self.out), dqkv.flatten(1)
+
+    def _flat(self, out: torch.Tensor) -> torch.Tensor:
+        return out.detach().reshape(len(self.sequences.positions), self.heads.heads * self.heads.head_dim)
+
+
+class Settings(NamedTuple):
+    """How a model's halves run."""
+
+    recompute: Recompute = "norm"
+    accumulate: bool = False  # weight gradients are added to `weight.grad`, and autograd gets none
+
+
+def half(
+    middle: Middle,
+    branch: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: torch.Tensor,
+    w_in: Sequence[torch.Tensor],
+    w_out: torch.Tensor,
+    eps: float,
+    settings: Settings,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(branch', h), see above. Unchecked: the model that calls it has its shapes from its config.
+
+    Args:
+        branch, residual: (tokens, hidden), of one dtype, or no residual before the first half: h is the branch then.
+        norm: (hidden,), the norm's weight.
+        w_in: weights (n, hidden) whose outputs lie side by side in what the middle takes.
+        w_out: (hidden, width).
+
+    Saves as the table says. The first backward uses it up: a second raises RuntimeError.
+    """
+    if "torch._dynamo" in sys.modules and not _opaque:
+        _opaque.append(torch.compiler.disable(_half))
+    run = _opaque[0] if _opaque else _half
+    return run(middle, branch, residual, norm, w_in, w_out, eps, settings)
+
+
+# `_half` as one piece for torch.compile; made when that is there, since it takes seconds to import.
+_opaque: list[Callable] = []
+
+
+def _half(middle, branch, residual, norm, w_in, w_out, eps, settings) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = (branch, residual, norm, w_out, *w_in)
+    chosen = backend.choose("rms_norm", branch, None, branch.shape[-1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Half.apply(middle, eps, settings, chosen, *tensors)
+    y, h, _ = rms_norm_forward(branch, norm, eps, residual, chosen)
+    return F.linear(middle.forward(_project(y, w_in), False), w_out), h
+
+
+class _Half(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, middle, eps, settings, backend, branch, residual, norm, w_out, *w_in):
+        y, h, rstd = rms_norm_forward(branch, norm, eps, residual, backend)
+        keep = settings.recompute in middle.keeps
+        out = F.linear(middle.forward(_project(y, w_in), keep), w_out)
+        ctx.middle, ctx.kept, ctx.eps, ctx.settings, ctx.backend = middle, keep, eps, settings, backend
+        ctx.save_for_backward(h, rstd, norm, y if settings.recompute == "none" else None, w_out, *w_in)
+        return out, h.view_as(h) if h is branch else h
+
+    @staticmethod
+    @once_differentiable  # a second derivative raises instead of being wrong
+    def backward(ctx: Any, dout: torch.Tensor, dh: torch.Tensor):
+        h, rstd, norm, y, w_out, *w_in = ctx.saved_tensors
+        middle, ctx.middle = ctx.middle, None
+        if middle is None:
+            raise RuntimeError("openllama: a block's backward ran a second time; takes a forward for each")
+        accumulate = ctx.settings.accumulate
+        need_branch, need_residual, need_norm, need_out, *need_in = ctx.needs_input_grad[4:]
+        if not ctx.kept:
+            y = rms_norm_forward(h, norm, ctx.eps, None, ctx.backend)[0] if y is None else y
+            middle.forward(_project(y, w_in), True)
+        dout = checks.rows(dout, dout.shape[-1])
+        out, dinner = middle.backward(dout @ w_out)
+        dw_out = linear_weight_gradient(w_out, dout, out, accumulate) if need_out else None
+        del out
+        dy = _project_back(dinner, w_in)
+        if y is None and any(need_in):
+            y = rms_norm_forward(h, norm, ctx.eps, None, ctx.backend)[0]
+        parts = zip(w_in, need_in, dinner.split([len(w) for w in w_in], dim=1))
+        dw_in = [linear_weight_gradient(w, d, y, accumulate) if need else None for w, need, d in parts]
+        need_dx = need_branch or need_residual
+        dx, dnorm = rms_norm_backward(dy, dh, h, norm, rstd, ctx.backend, need_dx, need_norm)
+        dnorm = give_gradient(norm, dnorm if need_norm else None, accumulate)
+        dbranch, dresidual = dx if need_branch else None, dx if need_residual else None
+        return None, None, None, None, dbranch, dresidual, dnorm, dw_out, *dw_in
+
+
+def _project(y: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The outputs of several linear layers side by side, (tokens, sum of their widths)."""
+    if len(weights) == 1:
+        return F.linear(y, weights[0])
+    out = y.new_empty(len(y), sum(map(len, weights)))
+    for weight, part in zip(weights, out.split([len(w) for w in weights], dim=1)):
+        torch.mm(y, weight.t(), out=part)
+    return out
+
+
+def _project_back(dout: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The gradient of `_project`'s input."""
+    first, *others = dout.split([len(w) for w in weights], dim=1)
+    dy = first @ weights[0]
+    for part, weight in zip(others, weights[1:]):
+        dy.addmm_(part, weight)
+    return dy
