@@ -54,6 +54,9 @@ struct Rotary {
   int64_t tokens, heads, head_dim, rotary_dim, rotated, x_stride, out_stride, table_rows;
   bool interleaved, inverse;
   Dtype dtype;
+  // CUDA: where q, k and v lie apart, x is q; the rotated heads are those of q, then k, and v is what follows
+  const void *k = nullptr, *v = nullptr;
+  int64_t q_heads = 0, k_stride = 0, v_stride = 0;
 };
 
 // act = gate * sigmoid(gate) * up, with [gate | up] packed in a row

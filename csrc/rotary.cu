@@ -1,4 +1,5 @@
-// Rotary position embedding (Su et al., 2021), in place in a packed QKV or not. Bound by memory.
+// Rotary position embedding (Su et al., 2021), in place in a packed QKV or not, or packing q, k and v that
+// lie apart, as attention's gradients do. Bound by memory.
 //
 // A block takes a token, or some where their heads are few. A thread takes one access of cos and sin and
 // turns those columns in several heads with it, with the loads of four heads under way at once.
@@ -62,12 +63,13 @@ __device__ __forceinline__ void load_turns(float (&to)[N], const float* row, int
 }
 
 template <class T, int N>
-__device__ void copy_columns(const T* x, T* out, int64_t begin, int64_t end) {
+__device__ void copy_columns(const T* x, T* out, int64_t count) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;  // of a token
-  for (int64_t c = begin + thread * N; c < end; c += threads * N) store(out + c, load<N>(x + c));
+#pragma unroll 4
+  for (int64_t c = thread * N; c < count; c += threads * N) store(out + c, load<N>(x + c));
 }
 
-template <class T, int N, bool interleaved>
+template <class T, int N, bool interleaved, bool apart>
 __global__ void __launch_bounds__(2 * kThreads) rotary_kernel(Rotary a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
   if (i >= a.tokens) return;
@@ -76,6 +78,14 @@ __global__ void __launch_bounds__(2 * kThreads) rotary_kernel(Rotary a) {
   const int rotated = static_cast<int>(a.rotated), step = static_cast<int>(blockDim.y);
   const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
   T* out = static_cast<T*>(a.out) + i * a.out_stride;
+  const T *k_row = nullptr, *v_row = x + a.rotated * a.head_dim;
+  if constexpr (apart) {
+    k_row = static_cast<const T*>(a.k) + i * a.k_stride - a.q_heads * a.head_dim;  // as if it followed q
+    v_row = static_cast<const T*>(a.v) + i * a.v_stride;
+  }
+  const auto head_of = [&](int head) {
+    return (apart && head >= a.q_heads ? k_row : x) + static_cast<int64_t>(head) * head_dim;
+  };
   require(position >= 0 && position < a.table_rows, "rotary: a position lies outside the tables");
   for (int c = threadIdx.x * N; c < half; c += blockDim.x * N) {
     const int first = interleaved && N == 1 ? 2 * c : c,
@@ -85,7 +95,7 @@ __global__ void __launch_bounds__(2 * kThreads) rotary_kernel(Rotary a) {
       Columns<T, N, interleaved> columns[kHeads];
 #pragma unroll
       for (int k = 0; k < kHeads; ++k)
-        if (head + k * step < rotated) columns[k].load_from(x + (head + k * step) * head_dim, first, second);
+        if (head + k * step < rotated) columns[k].load_from(head_of(head + k * step), first, second);
       if (head == threadIdx.y) {  // behind the first loads of x, which do not have to wait for the position
         load_turns<N, interleaved>(cos, a.cos + position * half, first, second);
         load_turns<N, interleaved>(sin, a.sin + position * half, first, second);
@@ -100,9 +110,9 @@ __global__ void __launch_bounds__(2 * kThreads) rotary_kernel(Rotary a) {
   }
   if (x == out) return;
   for (int head = 0; a.rotary_dim < head_dim && head < rotated; ++head)
-    copy_columns<T, N>(x, out, static_cast<int64_t>(head) * head_dim + a.rotary_dim,
-                       static_cast<int64_t>(head + 1) * head_dim);
-  copy_columns<T, N>(x, out, a.rotated * a.head_dim, a.heads * a.head_dim);
+    copy_columns<T, N>(head_of(head) + a.rotary_dim,
+                       out + static_cast<int64_t>(head) * head_dim + a.rotary_dim, head_dim - a.rotary_dim);
+  copy_columns<T, N>(v_row, out + a.rotated * a.head_dim, (a.heads - a.rotated) * a.head_dim);
 }
 
 // ---------------------------------------------------------------- launcher
@@ -114,7 +124,9 @@ cudaError_t launch(const Rotary& a, cudaStream_t stream) {
       std::clamp<int64_t>(ceil_div(a.rotated, kHeads), 1, std::max(1u, kThreads / columns)));
   const auto tokens = static_cast<unsigned>(std::min<int64_t>(ceil_div(kThreads, columns * heads), 64));
   const dim3 block(columns, heads, tokens);
-  const auto kernel = a.interleaved ? rotary_kernel<T, N, true> : rotary_kernel<T, N, false>;
+  const auto kernel = a.k             ? rotary_kernel<T, N, false, true>
+                      : a.interleaved ? rotary_kernel<T, N, true, false>
+                                      : rotary_kernel<T, N, false, false>;
   kernel<<<static_cast<unsigned>(ceil_div(a.tokens, tokens)), block, 0, stream>>>(a);
   return cudaGetLastError();
 }
@@ -129,7 +141,8 @@ cudaError_t rotary(const Rotary& a, cudaStream_t stream) {
     constexpr int N = kPack<T>;
     const int64_t size = sizeof(T);
     const bool packs = aligned(a.x, a.x_stride * size) && aligned(a.out, a.out_stride * size) &&
-                       aligned(a.cos) && aligned(a.sin) && a.head_dim % N == 0 && a.rotary_dim % (2 * N) == 0;
+                       aligned(a.k, a.k_stride * size) && aligned(a.v, a.v_stride * size) && aligned(a.cos) &&
+                       aligned(a.sin) && a.head_dim % N == 0 && a.rotary_dim % (2 * N) == 0;
     return packs ? launch<T, N>(a, stream) : launch<T, 1>(a, stream);
   });
 }

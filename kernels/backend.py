@@ -28,6 +28,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "swiglu": ("cuda", "triton", "cpu", "reference"),
     "cross_entropy": ("cuda", "triton", "cpu", "reference"),
     "linear_cross_entropy": ("cuda", "triton", "cpu", "reference"),
+    "matmul": ("cuda", "torch"),
     "scale": ("cuda", "reference"),
     "embedding": ("cuda", "triton", "reference"),
     "adamw": ("cuda", "triton", "cpu", "reference"),
@@ -39,6 +40,7 @@ NAMES = ("cuda", "triton", "cpu", "torch", "reference")
 
 _KERNEL_DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "cublaslt": (torch.bfloat16, torch.float16),  # fp32 products are torch's, which knows whether to use TF32
     "triton": (torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
 }
@@ -73,8 +75,10 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hid
         return f"the tensors are on {device.type}"
     if backend == "cuda" and not library.has_cuda:
         return "the library was built without CUDA (no nvcc)"
-    if dtype not in _KERNEL_DTYPES[backend]:
+    if dtype not in _KERNEL_DTYPES["cublaslt" if op == "matmul" else backend]:
         return f"no {dtype} kernel"
+    if op == "matmul" and not library.has_cublaslt():
+        return "torch has no cuBLASLt loaded"
     if backend == "cuda" and hidden > _MAX_CUDA_HIDDEN:
         return f"hidden={hidden} is over {_MAX_CUDA_HIDDEN}"
     if backend == "triton" and not _HAS_TRITON:

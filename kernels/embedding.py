@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backend as backends
 from . import checks, library
-from .weight_gradient import give_gradient, grad_dtype
+from .matmul import empty_gradient, give_gradient, new_gradient
 
 
 def embedding(
@@ -66,7 +66,7 @@ class _Embedding(torch.autograd.Function):
         ctx: Any, ids: torch.Tensor, weight: torch.Tensor, accumulate: bool, backend: str
     ) -> torch.Tensor:
         ctx.save_for_backward(ids, weight)
-        ctx.dtype, ctx.accumulate, ctx.backend = grad_dtype(weight), accumulate, backend
+        ctx.accumulate, ctx.backend = accumulate, backend
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -76,13 +76,16 @@ class _Embedding(torch.autograd.Function):
         ids, (vocab, hidden) = ids.reshape(-1).to(torch.int64), weight.shape
         dy = checks.rows(dy, hidden)
         if ctx.backend == "reference":
-            dweight = embedding_backward_reference(dy, ids, vocab).to(ctx.dtype)
+            dweight = embedding_backward_reference(dy, ids, vocab)
             return None, give_gradient(weight, dweight, ctx.accumulate), None, None
         sorted_ids, order = torch.sort(ids, stable=True)
-        adds = ctx.accumulate and weight.grad is not None
-        dweight = weight.grad if adds else dy.new_zeros((vocab, hidden), dtype=ctx.dtype)
+        dweight = weight.grad if ctx.accumulate else None
+        if dweight is None:
+            dweight = (new_gradient if ctx.accumulate else empty_gradient)(weight).zero_()
         library.ops(ctx.backend).embedding_bwd_(dweight, dy, sorted_ids, order)
-        return None, None if adds else give_gradient(weight, dweight, ctx.accumulate), None, None
+        if ctx.accumulate:
+            weight.grad, dweight = dweight, None
+        return None, dweight, None, None
 
 
 @library.fake("embedding_bwd_")

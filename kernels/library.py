@@ -49,6 +49,12 @@ def driver_version() -> int:
     return 0 if missing else torch.ops.openllama.driver_version()
 
 
+@functools.cache
+def has_cublaslt() -> bool:
+    """Whether torch has loaded cuBLASLt, which `matmul` runs on."""
+    return not missing and torch.ops.openllama.has_cublaslt()
+
+
 #: Whether the library holds CUDA kernels.
 has_cuda: bool = bool(build_info().get("cuda"))
 

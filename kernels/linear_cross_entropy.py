@@ -28,8 +28,8 @@ from .cross_entropy import (
     total,
     weight_sum,
 )
+from .matmul import give_gradient, grad_dtype, matmul, new_gradient
 from .scale import scale_
-from .weight_gradient import grad_dtype, weight_gradient_
 
 _CHUNK_BYTES = int(0.8 * 2**30)  # of logits
 _TILE = 128  # rows of a matrix product's tile: chunks are multiples of it
@@ -171,7 +171,7 @@ def _run_chunks(
 ) -> torch.Tensor:
     """The losses; writes dh and, where it is the first, dweight, else adds to it. An empty one is not needed."""
     check_labels(labels, len(weight), options[0])
-    ops = library.ops(backend)
+    ops, needed = library.ops(backend), bool(dh.numel() or dweight.numel())
     losses = h.new_empty((len(h),), dtype=torch.float32)
     if len(h) == 0:
         if first:
@@ -182,16 +182,16 @@ def _run_chunks(
     for begin in range(0, len(h), chunk):
         rows = slice(begin, begin + chunk)
         piece = logits[: len(h[rows])]
-        torch.mm(h[rows], weight.t(), out=piece)
-        if not (dh.numel() or dweight.numel()):
+        matmul(h[rows], weight.t(), piece, tune=needed)
+        if not needed:
             losses[rows] = ops.cross_entropy_fwd(piece, labels[rows], *options)[0]
             continue
         row_dloss = None if dloss is None else dloss[rows]
         losses[rows] = ops.cross_entropy_fwd_bwd_(piece, labels[rows], row_dloss, *options)
         if dh.numel():
-            torch.mm(piece, weight, out=dh[rows])
+            matmul(piece, weight, dh[rows])
         if dweight.numel():
-            weight_gradient_(dweight, piece, h[rows], first=first and begin == 0)
+            matmul(piece.t(), h[rows], dweight, accumulate=begin > 0 or not first)
     return losses
 
 
@@ -222,20 +222,19 @@ class _SummedLoss(torch.autograd.Function):
         settings: tuple[Options, int | None, str],
     ) -> torch.Tensor:
         options, chunk_tokens, backend = settings
-        if accumulate:
+        if accumulate and grad_dtype(weight) == torch.float32:
+            dh, dweight = _empty_gradients(h, weight, needs[0], False)
             first = weight.grad is None
-            dh, dweight = _empty_gradients(h, weight, needs[0], first)
-            total_dweight = dweight if first else weight.grad
-            losses = _run_chunks(
-                h, weight, labels, weights, options, chunk_tokens, dh, total_dweight, first, backend
-            )
-            if first:
-                weight.grad = dweight.to(grad_dtype(weight))
-            dweight, needs = dh.new_empty(0), (needs[0], False)
+            grad = new_gradient(weight) if first else weight.grad
+            losses = _run_chunks(h, weight, labels, weights, options, chunk_tokens, dh, grad, first, backend)
+            weight.grad = grad
         else:
             losses, dh, dweight = _losses_and_gradients(
                 h, weight, labels, weights, *options, chunk_tokens, *needs, backend
             )
+            if accumulate:  # rounded once, not after each chunk
+                give_gradient(weight, dweight, True)
+        needs = (needs[0], needs[1] and not accumulate)
         ctx.save_for_backward(dh, dweight)
         ctx.needs, ctx.accumulate = needs, accumulate
         return (losses if weights is None else losses * weights).sum()

@@ -77,8 +77,8 @@ def rotary(
     chosen = backends.choose("rotary", x, backend)
     if chosen == "reference":
         _check_positions(positions, cos)
-        out = rotary_reference(x, cos, -sin if inverse else sin, positions, rotated, interleaved)
-        return x.copy_(out) if inplace else out
+        turned = rotary_reference(x, cos, -sin if inverse else sin, positions, rotated, interleaved)
+        return x.copy_(turned) if inplace else turned
     if inplace:
         _check_inplace(x, dense)
     # Dynamo can't trace a view that a Function writes to: the graph copies
@@ -86,8 +86,52 @@ def rotary(
     dense_x = x if dense else x.clone(memory_format=torch.contiguous_format)
     at, offset = (_as_int32(positions), 0) if isinstance(positions, torch.Tensor) else (None, positions)
     turn = (rotated, bool(interleaved), bool(inverse))
-    out = _Rotary.apply(dense_x, cos, sin, at, offset, turn, inplace and not compiling, chosen)
-    return x.copy_(out) if inplace and compiling else out
+    turned = _Rotary.apply(dense_x, cos, sin, at, offset, turn, inplace and not compiling, chosen)
+    return x.copy_(turned) if inplace and compiling else turned
+
+
+@torch.no_grad()
+def rotary_pack(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    inverse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """q and k turned, and v, side by side in one tensor: as the gradients of a packed QKV are made of attention's.
+
+    Half-split pairs. Has no gradient: it is what a backward is made of.
+
+    Args:
+        q, k, v: (tokens, heads or kv_heads, head_dim), of one dtype; heads that don't lie side by side are copied first.
+        cos, sin, positions, inverse, backend: as in `rotary`.
+
+    Returns:
+        (tokens, heads + 2 kv_heads, head_dim).
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device. RuntimeError: a position outside the tables, as in `rotary`.
+    """
+    for t in (q, k):
+        _check(t, cos, sin, positions, None)
+    for name, t in (("k", k), ("v", v)):
+        checks.has_shape(name, t, (len(q), t.shape[1], q.shape[2]), "tokens, kv_heads, head_dim")
+        checks.same_dtype(name, t, q.dtype, "q")
+        checks.same_device(name, t, q.device, "q")
+    chosen = backends.choose("rotary", q, backend)
+    if chosen == "reference":
+        _check_positions(positions, cos)
+        sin = -sin if inverse else sin
+        return torch.cat([*(rotary_reference(t, cos, sin, positions) for t in (q, k)), v], dim=1)
+    q, k, v = (t if _is_dense(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+    positions = _as_int32(positions).contiguous()
+    return library.ops(chosen).rotary_pack(
+        q, k, v, cos.contiguous(), sin.contiguous(), positions, bool(inverse)
+    )
 
 
 def rotary_tables(
@@ -292,7 +336,15 @@ def _as_int32(positions: torch.Tensor) -> torch.Tensor:
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x, cos, sin, positions, offset: int, turn: tuple[int, bool, bool], inplace: bool, backend: str
+        ctx: Any,
+        x,
+        cos,
+        sin,
+        positions,
+        offset: int,
+        turn: tuple[int, bool, bool],
+        inplace: bool,
+        backend: str,
     ) -> torch.Tensor:
         cos, sin = cos.contiguous(), sin.contiguous()
         positions = None if positions is None else positions.contiguous()
@@ -328,6 +380,11 @@ def _(
     x: torch.Tensor, cos, sin, positions, offset: int, rotated: int, interleaved: bool, inverse: bool
 ) -> None:
     return None
+
+
+@library.fake("rotary_pack")
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos, sin, positions, inverse: bool) -> torch.Tensor:
+    return q.new_empty((q.shape[0], q.shape[1] + k.shape[1] + v.shape[1], q.shape[2]))
 
 
 def _check_positions(positions: torch.Tensor | int, cos: torch.Tensor) -> None:

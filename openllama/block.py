@@ -23,13 +23,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from openllama.kernels import backend, checks
+from openllama.kernels.matmul import give_gradient, linear_weight_gradient, matmul
 from openllama.kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from openllama.kernels.weight_gradient import give_gradient, linear_weight_gradient
-from openllama.ops import attention, attention_decode, rotary, swiglu, swiglu_backward_
+from openllama.ops import attention, attention_decode, rotary, rotary_pack, swiglu, swiglu_backward_
 
 Recompute = Literal["none", "norm", "mlp", "full"]
 
@@ -101,10 +100,10 @@ class Attention:
         with torch.set_grad_enabled(keep):
             qkv.requires_grad_(keep)
             shaped = qkv if s.dense_shape is None else qkv.view(*s.dense_shape, *qkv.shape[1:])
-            # split, not slices: its backward writes the three gradients into one packed tensor
-            out = self._attend(*shaped.split([heads, kv_heads, kv_heads], dim=-2))
+            q, k, v = shaped.split([heads, kv_heads, kv_heads], dim=-2)
+            out = self._attend(q, k, v)
         if keep:
-            self.qkv, self.out = qkv, out
+            self.kept = q, k, v, out
         return self._flat(out)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -116,10 +115,13 @@ class Attention:
         return attention(q, k, v, s.cu_seqlens, s.max_seqlen)
 
     def backward(self, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        (heads, kv_heads, _), s = self.heads, self.sequences
-        (dqkv,) = torch.autograd.grad(self.out, self.qkv, dout.view(self.out.shape))
-        rotary(dqkv, s.cos, s.sin, s.positions, heads + kv_heads, inverse=True, inplace=True)
-        return self._flat(self.out), dqkv.flatten(1)
+        s = self.sequences
+        *inputs, out = self.kept
+        dq, dk, dv = (
+            t.reshape(-1, *t.shape[-2:]) for t in torch.autograd.grad(out, inputs, dout.view(out.shape))
+        )
+        dqkv = rotary_pack(dq, dk, dv, s.cos, s.sin, s.positions, inverse=True)
+        return self._flat(out), dqkv.flatten(1)
 
     def _flat(self, out: torch.Tensor) -> torch.Tensor:
         return out.detach().reshape(len(self.sequences.positions), self.heads.heads * self.heads.head_dim)
@@ -141,6 +143,7 @@ def half(
     w_out: torch.Tensor,
     eps: float,
     settings: Settings,
+    b_in: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(branch', h), see above. Unchecked: the model that calls it has its shapes from its config.
 
@@ -149,80 +152,98 @@ def half(
         norm: (hidden,), the norm's weight.
         w_in: weights (n, hidden) whose outputs lie side by side in what the middle takes.
         w_out: (hidden, width).
+        b_in: biases (n,) of w_in, one for each weight (as Qwen2 has them), or none.
 
     Saves as the table says. The first backward uses it up: a second raises RuntimeError.
     """
     if "torch._dynamo" in sys.modules and not _opaque:
         _opaque.append(torch.compiler.disable(_half))
     run = _opaque[0] if _opaque else _half
-    return run(middle, branch, residual, norm, w_in, w_out, eps, settings)
+    return run(middle, branch, residual, norm, w_in, w_out, eps, settings, b_in)
 
 
 # `_half` as one piece for torch.compile; made when that is there, since it takes seconds to import.
 _opaque: list[Callable] = []
 
 
-def _half(middle, branch, residual, norm, w_in, w_out, eps, settings) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = (branch, residual, norm, w_out, *w_in)
+def _half(
+    middle, branch, residual, norm, w_in, w_out, eps, settings, b_in
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = (branch, residual, norm, w_out, *w_in, *b_in)
     chosen = backend.choose("rms_norm", branch, None, branch.shape[-1])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Half.apply(middle, eps, settings, chosen, *tensors)
+        return _Half.apply(middle, eps, settings, chosen, len(w_in), *tensors)
     y, h, _ = rms_norm_forward(branch, norm, eps, residual, chosen)
-    return F.linear(middle.forward(_project(y, w_in), False), w_out), h
+    # lengths vary where nothing is learned: not worth to time products
+    inner = _project(y, w_in, b_in, tune=False)
+    return matmul(middle.forward(inner, False), w_out.t(), tune=False), h
 
 
 class _Half(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, middle, eps, settings, backend, branch, residual, norm, w_out, *w_in):
+    def forward(ctx: Any, middle, eps, settings, backend, count, branch, residual, norm, w_out, *inner):
+        w_in, b_in = inner[:count], inner[count:]
         y, h, rstd = rms_norm_forward(branch, norm, eps, residual, backend)
         keep = settings.recompute in middle.keeps
-        out = F.linear(middle.forward(_project(y, w_in), keep), w_out)
+        out = matmul(middle.forward(_project(y, w_in, b_in), keep), w_out.t())
         ctx.middle, ctx.kept, ctx.eps, ctx.settings, ctx.backend = middle, keep, eps, settings, backend
-        ctx.save_for_backward(h, rstd, norm, y if settings.recompute == "none" else None, w_out, *w_in)
+        ctx.count = count
+        ctx.save_for_backward(h, rstd, norm, y if settings.recompute == "none" else None, w_out, *inner)
         return out, h.view_as(h) if h is branch else h
 
     @staticmethod
     @once_differentiable  # a second derivative raises instead of being wrong
     def backward(ctx: Any, dout: torch.Tensor, dh: torch.Tensor):
-        h, rstd, norm, y, w_out, *w_in = ctx.saved_tensors
+        h, rstd, norm, y, w_out, *inner = ctx.saved_tensors
+        w_in, b_in = inner[: ctx.count], inner[ctx.count :]
         middle, ctx.middle = ctx.middle, None
         if middle is None:
             raise RuntimeError("openllama: a block's backward ran a second time; takes a forward for each")
         accumulate = ctx.settings.accumulate
-        need_branch, need_residual, need_norm, need_out, *need_in = ctx.needs_input_grad[4:]
+        need_branch, need_residual, need_norm, need_out, *need_inner = ctx.needs_input_grad[5:]
+        need_in, need_bias = need_inner[: ctx.count], need_inner[ctx.count :]
         if not ctx.kept:
             y = rms_norm_forward(h, norm, ctx.eps, None, ctx.backend)[0] if y is None else y
-            middle.forward(_project(y, w_in), True)
+            middle.forward(_project(y, w_in, b_in), True)
         dout = checks.rows(dout, dout.shape[-1])
-        out, dinner = middle.backward(dout @ w_out)
+        out, dinner = middle.backward(matmul(dout, w_out))
         dw_out = linear_weight_gradient(w_out, dout, out, accumulate) if need_out else None
         del out
         dy = _project_back(dinner, w_in)
         if y is None and any(need_in):
             y = rms_norm_forward(h, norm, ctx.eps, None, ctx.backend)[0]
-        parts = zip(w_in, need_in, dinner.split([len(w) for w in w_in], dim=1))
-        dw_in = [linear_weight_gradient(w, d, y, accumulate) if need else None for w, need, d in parts]
+        parts = dinner.split([len(w) for w in w_in], dim=1)
+        dw_in = [
+            linear_weight_gradient(w, d, y, accumulate) if need else None
+            for w, need, d in zip(w_in, need_in, parts)
+        ]
+        db_in = [
+            give_gradient(b, d.sum(0) if need else None, accumulate)
+            for b, need, d in zip(b_in, need_bias, parts)
+        ]
         need_dx = need_branch or need_residual
         dx, dnorm = rms_norm_backward(dy, dh, h, norm, rstd, ctx.backend, need_dx, need_norm)
         dnorm = give_gradient(norm, dnorm if need_norm else None, accumulate)
         dbranch, dresidual = dx if need_branch else None, dx if need_residual else None
-        return None, None, None, None, dbranch, dresidual, dnorm, dw_out, *dw_in
+        return None, None, None, None, None, dbranch, dresidual, dnorm, dw_out, *dw_in, *db_in
 
 
-def _project(y: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def _project(
+    y: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], tune: bool = True
+) -> torch.Tensor:
     """The outputs of several linear layers side by side, (tokens, sum of their widths)."""
-    if len(weights) == 1:
-        return F.linear(y, weights[0])
-    out = y.new_empty(len(y), sum(map(len, weights)))
-    for weight, part in zip(weights, out.split([len(w) for w in weights], dim=1)):
-        torch.mm(y, weight.t(), out=part)
+    widths = [len(w) for w in weights]
+    out = y.new_empty(len(y), sum(widths))
+    if biases:  # what the products add to: so the sum is rounded once
+        out.copy_(torch.cat(tuple(biases)).expand_as(out))
+    for weight, part in zip(weights, out.split(widths, dim=1)):
+        matmul(y, weight.t(), part, accumulate=bool(biases), tune=tune)
     return out
 
 
 def _project_back(dout: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """The gradient of `_project`'s input."""
-    first, *others = dout.split([len(w) for w in weights], dim=1)
-    dy = first @ weights[0]
-    for part, weight in zip(others, weights[1:]):
-        dy.addmm_(part, weight)
+    dy = dout.new_empty(len(dout), weights[0].shape[1])
+    for i, (weight, part) in enumerate(zip(weights, dout.split([len(w) for w in weights], dim=1))):
+        matmul(part, weight, dy, accumulate=i > 0)
     return dy

@@ -22,6 +22,8 @@ from openllama import pretrained
 from openllama.config import ModelConfig
 from openllama.files import folder_written_aside, read_json, write_json
 from openllama.hf_config import MARK, config_from_hf, config_to_hf
+from openllama.hf_patch import patch as patch  # what `openllama.hf` offers besides
+from openllama.hf_patch import unpatch as unpatch
 from openllama.model import Llama
 
 INDEX = "model.safetensors.index.json"

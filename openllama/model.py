@@ -80,7 +80,14 @@ class Layer(nn.Module):
         )
         norm = self.mlp_norm
         return block.half(
-            block.Swiglu(), branch, residual, norm.weight, [m.w_gate_up.weight], m.w_down.weight, norm.eps, settings
+            block.Swiglu(),
+            branch,
+            residual,
+            norm.weight,
+            [m.w_gate_up.weight],
+            m.w_down.weight,
+            norm.eps,
+            settings,
         )
 
 

@@ -13,12 +13,12 @@ from openllama.config import ModelConfig
 from openllama.data.loader import Batch
 from openllama.model import Llama
 from openllama.optim import AdamW, decay_groups
-from openllama.training.micro_step import GraphedMicroStep
+from openllama.training.micro_step import GraphedMicroStep, choose_micro_step
 from openllama.training.step import accumulate_gradients, train_step
 
 
 class Ours:
-    """The model is set up as the trainer does it. What `recompute`, `accumulate` and `graph` ask for differs from that
+    """The model is set up as the trainer does it, for micro-batches of `tokens` tokens in sequences of `seq`. What `recompute`, `accumulate` and `graph` ask for differs from that
     only where they are not None: this is the one place that knows where each of them goes."""
 
     def __init__(
@@ -28,19 +28,23 @@ class Ours:
         recompute: str | None = None,
         accumulate: bool | None = None,
         graph: bool | None = None,
+        tokens: int = 1,
+        seq: int = 1,
     ):
-        self.model, self.form, self.graph = model, form, bool(graph)
+        self.model, self.form = model, form
         self.optimizer = AdamW(
             decay_groups(model, WEIGHT_DECAY), lr=LR, moments=form.moments, masters=form.masters
         )
         accumulate_gradients(model)
         asked = {"recompute": recompute, "accumulate": accumulate}
         model.settings = model.settings._replace(**{k: v for k, v in asked.items() if v is not None})
-        self.options: dict[str, Any] = {"micro_step": GraphedMicroStep()} if graph else {}
+        self.micro_step = choose_micro_step(model, tokens, seq, graph, world=1)
 
     def step(self, batches: Sequence[Batch]) -> torch.Tensor:
         targets = sum(batch.targets for batch in batches)
-        return train_step(self.model, self.optimizer, batches, targets, LR, CLIP, **self.options).loss
+        return train_step(
+            self.model, self.optimizer, batches, targets, LR, CLIP, micro_step=self.micro_step
+        ).loss
 
     @property
     def optimizer_words(self) -> str:
@@ -56,7 +60,11 @@ class Ours:
 
     @property
     def settings_words(self) -> str:
-        words = self.model.settings._asdict() | {"graph": self.graph} | self.form._asdict()
+        words = (
+            self.model.settings._asdict()
+            | {"graph": isinstance(self.micro_step, GraphedMicroStep)}
+            | self.form._asdict()
+        )
         return ", ".join(f"{name} {value}" for name, value in words.items())
 
 
@@ -89,6 +97,12 @@ def forms(
 
 
 def build(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, form: memory.Form, **switches: Any
+    work: Work,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    form: memory.Form,
+    **switches: Any,
 ) -> Ours:
-    return Ours(weights.our_model(config, device, dtype), form, **switches)
+    model = weights.our_model(config, device, dtype)
+    return Ours(model, form, tokens=work.batch * work.seq, seq=work.seq, **switches)

@@ -60,7 +60,7 @@ def _builders(side: Side, work: Work, config: ModelConfig, device, dtype) -> lis
         raise ValueError(f"model: got {side.model!r}, takes 'ours' or 'hf'")
     moments, masters = settings.pop("moments", "auto"), settings.pop("masters", "auto")
     forms = ours.forms(work, config, device, dtype, moments, masters, settings.get("recompute"))
-    return [partial(ours.build, config, device, dtype, form, **settings) for form in forms]
+    return [partial(ours.build, work, config, device, dtype, form, **settings) for form in forms]
 
 
 def _measured(stepper: Any, work: Work, config: ModelConfig, device, dtype) -> dict[str, Any]:

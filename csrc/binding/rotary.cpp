@@ -59,6 +59,34 @@ void inplace_cpu(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, int
   run_cpu(arguments(x, x, cos, sin, positions, offset, rotated, interleaved, inverse));
 }
 
+struct Parts {
+  Tensor q, k, v;
+};
+
+// (tokens, heads of q, k and v, head_dim), for q, k and v to be packed into.
+Tensor packed(const Parts& p) {
+  for (const Tensor* t : {&p.q, &p.k, &p.v}) {
+    require(t->dim() == 3 && t->size(0) == p.q.size(0) && t->size(2) == p.q.size(2) &&
+                ((t->stride(2) == 1 && t->stride(1) == t->size(2)) || t->size(0) == 0) &&
+                t->scalar_type() == p.q.scalar_type(),
+            "openllama: q, k and v must be (tokens, heads, head_dim) of one dtype with contiguous tokens");
+    check_device(*t, "q, k and v", p.q);
+  }
+  return new_like(p.q, {p.q.size(0), p.q.size(1) + p.k.size(1) + p.v.size(1), p.q.size(2)});
+}
+
+Tensor pack_cpu(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, bool inverse) {
+  cpu_dtype_of(q);
+  Tensor out = packed({q, k, v});
+  int64_t head = 0;
+  for (const Tensor* t : {&q, &k, &v}) {
+    Tensor to = torch::stable::narrow(out, 1, head, t->size(1));
+    run_cpu(arguments(*t, to, cos, sin, positions, 0, t == &v ? 0 : t->size(1), false, inverse));
+    head += t->size(1);
+  }
+  return out;
+}
+
 #ifdef USE_CUDA
 
 Tensor rotary_cuda(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, int64_t offset,
@@ -79,6 +107,17 @@ void inplace_cuda(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, in
       "rotary_");
 }
 
+Tensor pack_cuda(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, bool inverse) {
+  const CudaScope scope(q);
+  Tensor out = packed({q, k, v});
+  Rotary args = arguments(q, out, cos, sin, positions, 0, q.size(1), false, inverse);
+  args.heads = out.size(1), args.rotated = q.size(1) + k.size(1), args.q_heads = q.size(1);
+  args.k = k.const_data_ptr(), args.k_stride = k.stride(0);
+  args.v = v.const_data_ptr(), args.v_stride = v.stride(0);
+  check(cuda::rotary(args, scope.stream), "rotary_pack");
+  return out;
+}
+
 #endif
 
 }  // namespace
@@ -91,16 +130,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openllama, m) {
   m.def(
       "rotary_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor? positions, int offset, int rotated,"
       " bool interleaved, bool inverse) -> ()");
+  m.def(
+      "rotary_pack(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, bool inverse)"
+      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(openllama, CPU, m) {
   m.impl("rotary", TORCH_BOX(&openllama::rotary_cpu));
   m.impl("rotary_", TORCH_BOX(&openllama::inplace_cpu));
+  m.impl("rotary_pack", TORCH_BOX(&openllama::pack_cpu));
 }
 
 #ifdef USE_CUDA
 STABLE_TORCH_LIBRARY_IMPL(openllama, CUDA, m) {
   m.impl("rotary", TORCH_BOX(&openllama::rotary_cuda));
   m.impl("rotary_", TORCH_BOX(&openllama::inplace_cuda));
+  m.impl("rotary_pack", TORCH_BOX(&openllama::pack_cuda));
 }
 #endif

@@ -88,6 +88,20 @@ def rotary_(
     _launch(x, x, cos, sin, positions, offset, rotated, interleaved, inverse)
 
 
+def rotary_pack(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    positions: torch.Tensor, inverse: bool,
+) -> torch.Tensor:  # fmt: skip
+    """(tokens, heads, head_dim) each; q and k turned, and v, side by side."""
+    heads = [t.shape[1] for t in (q, k, v)]
+    out = q.new_empty(q.shape[0], sum(heads), q.shape[2])
+    to_q, to_k, to_v = out.split(heads, dim=1)
+    _launch(q, to_q, cos, sin, positions, 0, heads[0], False, inverse)
+    _launch(k, to_k, cos, sin, positions, 0, heads[1], False, inverse)
+    to_v.copy_(v)
+    return out
+
+
 def _launch(x, out, cos, sin, positions, offset, rotated, interleaved, inverse) -> None:
     tokens, heads, head_dim = x.shape
     half = cos.shape[1]

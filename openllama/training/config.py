@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from openllama.block import Recompute
 from openllama.config import ModelConfig, from_dict
 from openllama.presets import preset
 
@@ -52,6 +53,11 @@ class TrainConfig:
     moments: Literal["fp32", "bf16", "8bit"] = "fp32"
     # Of bfloat16 weights: fp32 (4 bytes a parameter); remainder (2), as exact; none (0), weights rounded stochastically.
     masters: Literal["fp32", "remainder", "none"] = "fp32"
+
+    # What backward makes again instead of keeping it (openllama/block.py): none, norm, mlp, full; lower memory to the right.
+    recompute: Recompute = "norm"
+    # Micro-batches as CUDA graphs; null: where it takes longer to launch their kernels than to run them. On one GPU.
+    cuda_graph: bool | None = None
 
     seed: int = 42
     log_every: int = 1  # steps

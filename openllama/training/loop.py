@@ -34,6 +34,7 @@ from openllama.training.checkpoint import check_shape
 from openllama.training.config import TrainConfig
 from openllama.training.faults import StopSignal
 from openllama.training.inputs import Split, check_inputs, packed_loader, token_caches
+from openllama.training.micro_step import GraphedMicroStep, choose_micro_step
 from openllama.training.monitor import Monitor, read_metrics
 from openllama.training.ranks import TIMEOUT, Ranks
 from openllama.training.step import (
@@ -82,7 +83,11 @@ class Trainer:
         self.optimizer = AdamW(
             groups, c.lr, (c.beta1, c.beta2), c.eps, moments=c.moments, masters=c.masters, seed=c.seed
         )
+        self.model.settings = self.model.settings._replace(recompute=c.recompute)
         accumulate_gradients(self.model, self.ranks.world)
+        self.micro_step = choose_micro_step(
+            self.model, c.batch * c.context, c.context, c.cuda_graph, self.ranks.world
+        )
         self.engine = self.accelerator.prepare_model(self.model)
 
     def _initial(self, shape: ModelConfig) -> Llama:
@@ -185,7 +190,8 @@ class Trainer:
         lr = c.lr_at(self.step)
         batches = [next(self.loader) for _ in range(c.accumulation)]
         targets, stops = self.ranks.sum(sum(b.targets for b in batches), stopping)
-        result = train_step(self.engine, self.optimizer, batches, targets, lr, c.clip, self.ranks.world)
+        world = self.ranks.world
+        result = train_step(self.engine, self.optimizer, batches, targets, lr, c.clip, world, self.micro_step)
         self._finite &= torch.isfinite(result.loss) & torch.isfinite(result.grad_norm)
         self.tokens += int(targets)
         seq = squared_mean_length(batches)
@@ -304,6 +310,8 @@ class Trainer:
             f"AdamW: {self.optimizer.state_bytes():.2f} bytes a parameter, with it: moments {c.moments}{masters}; "
             f"gradients add up in {sums}"
         )
+        launches = "as CUDA graphs" if isinstance(self.micro_step, GraphedMicroStep) else "kernel by kernel"
+        say(f"micro-batches are launched {launches}; backward makes again: {c.recompute}")
         flops = flops_per_token(shape, c.context)
         say(
             f"model {c.preset}: {sum(p.numel() for p in self.model.parameters()):,} parameters; "

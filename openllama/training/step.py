@@ -12,10 +12,8 @@ from openllama.data.loader import Batch
 from openllama.model import Llama
 from openllama.ops import grad_norm
 from openllama.optim import AdamW
-from openllama.training.micro_step import GraphedMicroStep, micro_step, model_inputs
+from openllama.training.micro_step import MicroStep, keep_gradients, micro_step, model_inputs
 from openllama.training.ranks import Ranks
-
-MicroStep = Callable[[torch.nn.Module, Batch, torch.Tensor], torch.Tensor]
 
 
 class StepResult(NamedTuple):
@@ -54,8 +52,7 @@ def train_step(
     `targets` is the number of labels that count in the whole step, of all `world` processes. The loss is the sum over
     all real tokens divided by it, so a micro-batch with more padding weighs less, as it should, and the same tokens
     give the same step however they are split. `engine` is the model, or DDP around it. Our AdamW clips the gradients
-    as it reads them, which leaves them unclipped; other optimizers get them clipped. Gradients are dropped at the end,
-    or, where `micro_step` replays CUDA graphs, zeroed.
+    as it reads them, which leaves them unclipped; other optimizers get them clipped.
     """
     device = next(engine.parameters()).device
     # DDP averages over processes, so each one's sum is scaled up by their number
@@ -76,7 +73,10 @@ def train_step(
     else:
         norm = torch.nn.utils.clip_grad_norm_(engine.parameters(), clip)
         optimizer.step()
-    optimizer.zero_grad(set_to_none=not isinstance(micro_step, GraphedMicroStep))
+    if world == 1:
+        keep_gradients(engine)
+    else:
+        optimizer.zero_grad(set_to_none=True)
     return StepResult(total / world, norm)
 
 

@@ -133,7 +133,7 @@ def test_other_work_is_an_error_and_no_win():
 def test_out_of_memory_takes_the_next_leaner_form(monkeypatch):
     tried = []
 
-    def build(config, device, dtype, form):
+    def build(work, config, device, dtype, form):
         tried.append(form)
         if form.masters == "fp32":
             raise torch.OutOfMemoryError("CUDA out of memory")
