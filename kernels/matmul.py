@@ -110,7 +110,7 @@ def grad_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def empty_gradient(weight: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(weight, dtype=grad_dtype(weight), requires_grad=False)
+    return torch.empty(weight.shape, dtype=grad_dtype(weight), device=weight.device)
 
 
 def new_gradient(weight: torch.Tensor) -> torch.Tensor:

@@ -116,10 +116,9 @@ def rotary_pack(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device. RuntimeError: a position outside the tables, as in `rotary`.
     """
-    for t in (q, k):
-        _check(t, cos, sin, positions, None)
+    _check(q, cos, sin, positions, None)
     for name, t in (("k", k), ("v", v)):
-        checks.has_shape(name, t, (len(q), t.shape[1], q.shape[2]), "tokens, kv_heads, head_dim")
+        checks.has_shape(name, t, (len(q), *t.shape[1:2], q.shape[2]), "tokens, kv_heads, head_dim")
         checks.same_dtype(name, t, q.dtype, "q")
         checks.same_device(name, t, q.device, "q")
     chosen = backends.choose("rotary", q, backend)

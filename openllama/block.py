@@ -214,7 +214,7 @@ class _Half(torch.autograd.Function):
             y = rms_norm_forward(h, norm, ctx.eps, None, ctx.backend)[0]
         parts = dinner.split([len(w) for w in w_in], dim=1)
         dw_in = [
-            linear_weight_gradient(w, d, y, accumulate) if need else None
+            linear_weight_gradient(w, d, y, accumulate) if need and y is not None else None
             for w, need, d in zip(w_in, need_in, parts)
         ]
         db_in = [

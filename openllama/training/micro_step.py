@@ -111,12 +111,16 @@ def keep_gradients(model: torch.nn.Module) -> None:
 def choose_micro_step(model: Llama, tokens: int, seq: int, graph: bool | None, world: int) -> MicroStep:
     """For micro-batches of `tokens` tokens. `graph` None: a CUDA graph where it takes longer to launch kernels than to run
     them. Raises ValueError where one is asked for that can't be."""
-    device = model.embed.weight.device
+    device, dtype = model.embed.weight.device, model.embed.weight.dtype
     why_not = "a CPU" if device.type != "cuda" else f"{world} processes" if world > 1 else ""
+    if dtype == torch.float32 and not why_not:  # whose packed attention waits for the lengths of documents
+        why_not = "float32 weights"
     if graph and why_not:
-        raise ValueError(f"cuda_graph: got true with {why_not}, takes one GPU, or null to choose")
+        raise ValueError(
+            f"cuda_graph: got true with {why_not}, takes bfloat16 weights on one GPU, or null to choose"
+        )
     if graph is None and not why_not:
-        peak = devices.peak_flops(device, model.embed.weight.dtype) or 300e12
+        peak = devices.peak_flops(device, dtype) or 300e12
         seconds = flops_per_token(model.config, seq) * tokens / (SUSTAINED * peak)
         graph = seconds < HOST_SECONDS * model.config.layers
     return GraphedMicroStep() if graph else micro_step

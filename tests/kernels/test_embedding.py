@@ -119,3 +119,19 @@ WEIGHT, SOME_IDS = torch.zeros(7, 4), torch.zeros(3, dtype=torch.long)
 def test_bad_input_is_named(arguments, options, error, message):
     with pytest.raises(error, match=message):
         embedding(*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_accumulate_adds_to_the_gradient_itself(device, dtype):
+    """In fp32 where the weight takes that, in the memory kept for it; autograd gets none."""
+    weight = torch.nn.Parameter(random((IDS, 40), dtype, device, 0))
+    weight.grad_dtype = F32
+    pieces = [(ids_for(9, device, i), random((9, 40), dtype, device, i)) for i in range(3)]
+    exact = torch.zeros(IDS, 40, dtype=F64, device=device)
+    weight.grad_buffer = torch.full((IDS, 40), float("nan"), device=device)
+    for ids, dy in pieces:
+        y = embedding(ids, weight, accumulate=True)
+        y.backward(dy)
+        exact.index_add_(0, ids, dy.double())
+        assert weight.grad is weight.grad_buffer
+        torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-6, atol=1e-6)

@@ -337,3 +337,38 @@ def test_equals_cross_entropy_of_the_logits(device):
     ours = run(lambda *a: linear_cross_entropy(*a, chunk_tokens=8, **options), tensors, (labels,))
     theirs = run(lambda h, w, y: cross_entropy(F.linear(h, w), y, **options), tensors, (labels,))
     all_near(ours[0] + ours[1], theirs[0] + theirs[1], 8)
+
+
+@pytest.mark.parametrize("grad_dtype", (F32, None), ids=("fp32", "own"))
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_accumulate_adds_to_the_gradient_itself(device, dtype, grad_dtype):
+    """What autograd would add, rounded once a call at most, in several chunks; nothing where there is no gradient."""
+    (h, w), (labels, *_) = inputs(40, 64, 300, dtype, device)
+    weights = torch.rand(40, generator=torch.Generator().manual_seed(0)).to(device)
+    options = {"weights": weights, "reduction": "sum", "chunk_tokens": 16}
+    h = h.requires_grad_()
+    weight, plain = (torch.nn.Parameter(w.clone()) for _ in range(2))
+    for p in (weight, plain):
+        p.grad_dtype = grad_dtype or dtype
+    with torch.no_grad():
+        linear_cross_entropy(h, weight, labels, accumulate=True, **options)
+    assert weight.grad is None
+    dhs = []
+    for p, accumulate in ((plain, False), (weight, True)):
+        for _ in range(3):
+            loss = linear_cross_entropy(h, p, labels, accumulate=accumulate, **options)
+            loss.backward()
+        dhs.append(h.grad)
+        h.grad = None
+    assert torch.equal(*dhs) and weight.grad.dtype == (grad_dtype or dtype)
+    eps = torch.finfo(weight.grad.dtype).eps
+    torch.testing.assert_close(
+        weight.grad, plain.grad, rtol=4 * eps, atol=float(4 * eps * plain.grad.abs().max())
+    )
+
+
+def test_a_scaled_loss_is_refused_with_accumulate():
+    (h, w), (labels, *_) = inputs(4, 8, 30, F32, "cpu")
+    loss = linear_cross_entropy(h, torch.nn.Parameter(w), labels, accumulate=True)
+    with pytest.raises(RuntimeError, match="got a scaled loss, takes the scale as weights"):
+        (2 * loss).backward()
