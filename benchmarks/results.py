@@ -18,7 +18,17 @@ from openllama.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "accelerate")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "quack-kernels",
+    "torchao",
+    "xformers",
+    "flash-attn",
+    "accelerate",
+)
 
 
 def write(name: str, rows: list[dict[str, Any]], device: torch.device, folder: Path = FOLDER) -> Path:

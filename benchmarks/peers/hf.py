@@ -64,13 +64,13 @@ class HuggingFace:
         self._call = torch.compile(self._forward) if compiled == "model" else self._forward
 
     def _forward(
-        self, ids: torch.Tensor, labels: torch.Tensor, extra: dict[str, Any], over: int
+        self, ids: torch.Tensor, labels: torch.Tensor, extra: dict[str, Any], over: torch.Tensor | int
     ) -> torch.Tensor:
         # shift_labels: they are the next tokens already
         given = {"labels": labels, "shift_labels": labels, "num_items_in_batch": over}
         return self.model(input_ids=ids, use_cache=False, **given, **extra).loss
 
-    def loss(self, batch: Batch, over: int = 1) -> torch.Tensor:
+    def loss(self, batch: Batch, over: torch.Tensor | int = 1) -> torch.Tensor:
         """Summed cross-entropy, divided by `over`."""
 
         def put(t: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,9 @@ class HuggingFace:
         return self._call(ids, labels, extra, over)
 
     def step(self, batches: Sequence[Batch]) -> torch.Tensor:
-        targets = sum(b.targets for b in batches)
+        targets = torch.full(
+            (), sum(b.targets for b in batches), device=self.device
+        )  # as the Trainer hands it on
         total = torch.zeros((), device=self.device)
         for batch in batches:
             loss = self.loss(batch, targets)

@@ -24,6 +24,8 @@ PEERS: dict[str, Side] = {
     for side in (
         # ours with the optimizer's states as the peers have them: like for like
         Side("ours:bf16-states", "ours", {"moments": "bf16", "masters": "none"}),
+        # as little memory as exact masters and fp32 gradients can do with
+        Side("ours:lean", "ours", {"moments": "8bit", "masters": "remainder"}),
         # where the original Open-Llama started
         Side("hf:eager", "hf", {"attention": "eager", "optimizer": "foreach", "padding_mask": True}),
         Side("hf:sdpa", "hf", {}),

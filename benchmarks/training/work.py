@@ -11,7 +11,7 @@ from openllama.config import ModelConfig
 from openllama.presets import PRESETS, preset
 
 LR, CLIP, WEIGHT_DECAY, BETAS = 1e-4, 1.0, 0.1, (0.9, 0.95)
-WARMUP = 3  # steps that don't count: allocations, compilation, algorithm choices
+WARMUP = 2  # steps that don't count: allocations, compilation, algorithm choices
 SEED = 0
 
 
