@@ -91,7 +91,7 @@ def _output_shapes(model: Llama, seq: int) -> dict[nn.Module, str]:
         shapes[module] = str([1, *first.shape])  # type: ignore[attr-defined]
         if module is model.layers[0]:  # whose parts are weights for one function, which calls no module
             for _, part in _parts(model.layers[0]):
-                shapes[part] = str([1, seq, len(part.weight)])
+                shapes[part] = str([1, seq, len(part.weight)])  # type: ignore[arg-type]
 
     hooks = [m.register_forward_hook(note) for m in model.modules()]
     model(torch.zeros(1, seq, dtype=torch.int64, device="meta"))
