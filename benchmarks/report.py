@@ -142,6 +142,7 @@ def filled(text: str) -> str:
     runs, entries = load("tokens-per-second"), published()
     for name, table in (
         ("training", training(runs)),
+        ("answer", sourced(report_training.answer, load("same-answer-"))),
         ("ladder", sourced(report_training.ladder, load("ladder-"))),
         ("sizes", sourced(report_training.sizes, load("sizes-"))),
         ("cost", cost(runs, entries)),

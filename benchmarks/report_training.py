@@ -100,6 +100,22 @@ def _line(cells: Iterable[str], bold: bool = False) -> str:
     return f"| {' | '.join(f'**{cell}**' if bold and cell else cell for cell in cells)} |"
 
 
+def answer(run: Run) -> str:
+    """How far from fp32 a run in low precision ends up, HuggingFace's and ours."""
+    first = run["rows"][0]
+    lines = [
+        f"**{title(run)}**\n",
+        "| beside HuggingFace in fp32 | loss apart, most, nats | mean | gradients apart, most | median |",
+        "|---|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        cells = [
+            f"{row[key]:.4f}" for key in ("loss_gap_max", "loss_gap_mean", "grad_gap_max", "grad_gap_median")
+        ]
+        lines.append(_line([f"{row['impl']} in {first['dtype']}", *cells]))
+    return "\n".join(lines)
+
+
 def ladder(run: Run) -> str:
     """Rungs in the order they were climbed, each over the last one before it that ran, and over the first."""
     lines = [

@@ -91,6 +91,7 @@ def rows(shape: dict[str, Any], low: str, made: dict[str, Run], reference: Run) 
             "grad_gap_max": max(grads.values()),
             "grad_gap_median": statistics.median(grads.values()),
             "grads_farther_than_hf": sum(grads[name] > peer[1][name] for name in grads),
+            "grad_gap_over_hf_max": max(grads[name] / max(peer[1][name], 1e-9) for name in grads),
             "grads": len(grads),
             "losses": [made[impl][0][0], made[impl][0][-1]],
         }
@@ -108,12 +109,11 @@ def table(made: Sequence[dict[str, Any]]) -> str:
             f"{r['grad_gap_median']:>9.2e}  {r['losses'][0]:.4f} {r['losses'][1]:.4f}"
         )
     farther = next(r for r in made if r["impl"] == "ours")
-    return "\n".join(
-        [
-            *lines,
-            f"gradients of ours that are farther: {farther['grads_farther_than_hf']} of {farther['grads']}",
-        ]
+    lines.append(
+        f"gradients of ours that are farther: {farther['grads_farther_than_hf']} of {farther['grads']}, "
+        f"at most {farther['grad_gap_over_hf_max']:.3f} times as far"
     )
+    return "\n".join(lines)
 
 
 def compare(

@@ -52,7 +52,7 @@ def test_the_chinese_readme_gives_the_same_commands():
     assert [block for block in blocks[0] if block in blocks[1]] == blocks[1] != []
 
 
-MARKS = ("training", "ladder", "sizes", "cost", "published", "ops", "ops-gpu", "data")
+MARKS = ("training", "answer", "ladder", "sizes", "cost", "published", "ops", "ops-gpu", "data")
 
 # ---------------------------------------------------------------- the training step
 
@@ -242,6 +242,8 @@ def test_the_report_with_and_without_gpu_runs(stored, tmp_path, monkeypatch):
     if stored:
         runs |= dict.fromkeys(("tokens-per-second-7b-card", "ladder-card", "sizes-card"), peers())
         runs["ops-card"] = gpu_run()
+        gaps = {"loss_gap_max": 0.25, "loss_gap_mean": 0.125, "grad_gap_max": 0.5, "grad_gap_median": 0.0625}
+        runs["same-answer-card"] = training_run([side("ours", 9.0) | gaps])
     for name, run in runs.items():
         (folder / f"{name}.json").write_text(json.dumps(run))
     for name, value in {"README": readme, "RESULTS": folder, "DOCS": tmp_path / "docs"}.items():
@@ -249,8 +251,8 @@ def test_the_report_with_and_without_gpu_runs(stored, tmp_path, monkeypatch):
     report.main()
     text = readme.read_text()
     assert ("no GPU results stored yet" in text) is not stored
-    assert text.count(report_training.NOTHING) == (0 if stored else 3)  # the ladder, the sizes, the cost
-    assert all((mark in text) is stored for mark in ("docs/ops.svg", "docs/parts.svg", "0.80x", "1.12x"))
+    assert text.count(report_training.NOTHING) == (0 if stored else 4)  # answer, ladder, sizes, cost
+    assert all((mark in text) is stored for mark in ("docs/ops.svg", "docs/parts.svg", "0.80x", "1.12x", "| 0.2500 | 0.1250 |"))
     made = {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
     names = ("speed", "parts", "ops") if stored else ("speed",)
     assert made.keys() == {f"{name}.{suffix}" for name in names for suffix in ("svg", "png")}
