@@ -2,9 +2,10 @@
 //
 // cuBLASLt proposes several algorithms for a product, in the order of a model it has of the card. The first,
 // which is what torch takes, needs up to a third more time than the best: least where the output is bf16,
-// most where it is an fp32 sum. So the first call of each shape times them, on scratch outputs, and later
+// most where it is an fp32 sum. So the third call of each shape times them, on a scratch output, and later
 // ones take the winner.
 #include <array>
+#include <limits>
 #include <map>
 #include <mutex>
 
@@ -21,9 +22,8 @@ namespace lt = cublaslt;
 constexpr size_t kWorkspaceBytes = 32 << 20;  // at most
 constexpr int kProposals = 8;
 constexpr int kRounds = 7;
-constexpr int kUntimed = 2;  // calls of a shape before it is worth to time it
-constexpr float kGain =
-    0.99f;  // of the first proposal's time: what is closer is noise, and not worth to differ
+constexpr int kUntimed = 2;     // calls of a shape before it is worth to time it
+constexpr float kGain = 0.99f;  // of the first proposal's time: what is closer to it is noise
 
 // One matrix as cuBLASLt sees it: columns side by side, or their transpose.
 struct View {
@@ -56,8 +56,8 @@ void check_lt(int32_t status, const char* call) {
 
 // The order of fields is that of the key, below.
 struct Problem {
-  int64_t device, m, n, k, lda, ldb, ldout, type, out_type, transpose_a, transpose_b, accumulate, align_a,
-      align_b, align_out;
+  int64_t device, m, n, k, lda, ldb, ldout, type, out_type, transpose_a, transpose_b, align_a, align_b,
+      align_out;
   auto operator<=>(const Problem&) const = default;
 };
 
@@ -70,6 +70,8 @@ struct Plan {
 struct Operands {
   const void *a, *b;
   void* out;
+  bool
+      accumulate;  // no part of the problem: a step's first sum, which starts anew, is made as the others are
 };
 
 lt::Handle handle_of(int64_t device) {  // the caller holds the lock, and has set the device
@@ -79,13 +81,12 @@ lt::Handle handle_of(int64_t device) {  // the caller holds the lock, and has se
   return handle;
 }
 
-void launch(lt::Handle handle, const Plan& plan, const Problem& p, const Operands& o,
-            const lt::Proposal& with, void* workspace, cudaStream_t stream) {
-  const float one = 1.0f, beta = p.accumulate ? 1.0f : 0.0f;
+int32_t launch(lt::Handle handle, const Plan& plan, const Operands& o, const lt::Proposal& with,
+               void* workspace, cudaStream_t stream) {
+  const float one = 1.0f, beta = o.accumulate ? 1.0f : 0.0f;
   // out^T = b^T a^T, as columns: so b comes first
-  check_lt(lt::library().matmul(handle, plan.desc, &one, o.b, plan.b, o.a, plan.a, &beta, o.out, plan.out,
-                                o.out, plan.out, &with.algorithm, workspace, with.workspace_bytes, stream),
-           "Matmul");
+  return lt::library().matmul(handle, plan.desc, &one, o.b, plan.b, o.a, plan.a, &beta, o.out, plan.out,
+                              o.out, plan.out, &with.algorithm, workspace, with.workspace_bytes, stream);
 }
 
 std::vector<lt::Proposal> proposals(lt::Handle handle, const Plan& plan, const Problem& p) {
@@ -124,28 +125,39 @@ Plan described(const Problem& p) {
   return plan;
 }
 
+struct Timer {
+  cudaEvent_t begin = nullptr, end = nullptr;
+
+  Timer() {
+    check(cudaEventCreate(&begin), "matmul");
+    check(cudaEventCreate(&end), "matmul");
+  }
+  ~Timer() {
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+  }
+};
+
 // Which proposal is the fastest, on an output of its own: a sum must not grow by being timed. They take
 // turns, so that all meet the same clock: a large product draws all the power that the card may take, which
-// lowers it.
+// lowers it. One that can't run after all loses.
 size_t fastest(lt::Handle handle, const Plan& plan, const Problem& p, Operands o, const Tensor& out,
                const std::vector<lt::Proposal>& all, cudaStream_t stream) {
   Tensor scratch = torch::stable::new_empty(out, {p.m, p.ldout});
   Tensor workspace = torch::stable::new_empty(out, {int64_t(kWorkspaceBytes)}, ScalarType::Byte);
   o.out = scratch.mutable_data_ptr();
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "matmul");
-  check(cudaEventCreate(&end), "matmul");
+  const Timer timer;
   std::vector<std::array<float, kRounds>> times(all.size());
   for (int round = -1; round < kRounds; ++round)  // the first warms up
     for (size_t i = 0; i < all.size(); ++i) {
-      check(cudaEventRecord(begin, stream), "matmul");
-      launch(handle, plan, p, o, all[i], workspace.mutable_data_ptr(), stream);
-      check(cudaEventRecord(end, stream), "matmul");
-      check(cudaEventSynchronize(end), "matmul");
-      if (round >= 0) check(cudaEventElapsedTime(&times[i][round], begin, end), "matmul");
+      check(cudaEventRecord(timer.begin, stream), "matmul");
+      const bool ran = launch(handle, plan, o, all[i], workspace.mutable_data_ptr(), stream) == 0;
+      check(cudaEventRecord(timer.end, stream), "matmul");
+      check(cudaEventSynchronize(timer.end), "matmul");
+      if (round < 0) continue;
+      check(cudaEventElapsedTime(&times[i][round], timer.begin, timer.end), "matmul");
+      if (!ran) times[i][round] = std::numeric_limits<float>::infinity();
     }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
   const auto median = [](std::array<float, kRounds> of_one) {
     std::nth_element(of_one.begin(), of_one.begin() + kRounds / 2, of_one.end());
     return of_one[kRounds / 2];
@@ -170,10 +182,15 @@ Plan plan_of(const Problem& p, const Operands& o, const Tensor& out, bool tune, 
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   const bool known = entry.plan.desc, due = tune && entry.calls == kUntimed;
   if (due) check(cudaStreamIsCapturing(stream, &capturing), "matmul");
-  if (!known) entry.plan = described(p);
   if (!known || (due && capturing == cudaStreamCaptureStatusNone)) {
-    const auto all = proposals(*handle, entry.plan, p);
-    entry.plan.chosen = all[due ? fastest(*handle, entry.plan, p, o, out, all, stream) : 0];
+    Plan plan = known ? entry.plan : described(p);
+    const auto all = proposals(*handle, plan, p);
+    try {
+      plan.chosen = all[due ? fastest(*handle, plan, p, o, out, all, stream) : 0];
+    } catch (const std::exception&) {  // no memory for the scratch output: training goes on with the first
+      plan.chosen = all[0];
+    }
+    entry.plan = plan;
   }
   if (entry.calls <= kUntimed && capturing == cudaStreamCaptureStatusNone) ++entry.calls;
   return entry.plan;
@@ -192,7 +209,7 @@ void matmul_cuda(Tensor out, Tensor a, Tensor b, bool accumulate, bool tune) {
   const int64_t m = a.size(0), n = b.size(1), k = a.size(1);
   require(b.size(0) == k && out.size(0) == m && out.size(1) == n && !vout.transposed && m && n && k,
           "openllama: matmul takes (m, k), (k, n) and a row-major (m, n), none empty");
-  const Operands o{a.const_data_ptr(), b.const_data_ptr(), out.mutable_data_ptr()};
+  const Operands o{a.const_data_ptr(), b.const_data_ptr(), out.mutable_data_ptr(), accumulate};
   const Problem p{cuda_index(out),
                   m,
                   n,
@@ -204,15 +221,17 @@ void matmul_cuda(Tensor out, Tensor a, Tensor b, bool accumulate, bool tune) {
                   type_of(out),
                   va.transposed,
                   vb.transposed,
-                  accumulate,
                   alignment(o.a),
                   alignment(o.b),
                   alignment(o.out)};
   lt::Handle handle;
   const Plan plan = plan_of(p, o, out, tune, scope.stream, &handle);
-  if (!plan.chosen.workspace_bytes) return launch(handle, plan, p, o, plan.chosen, nullptr, scope.stream);
-  Tensor workspace = torch::stable::new_empty(out, {int64_t(plan.chosen.workspace_bytes)}, ScalarType::Byte);
-  launch(handle, plan, p, o, plan.chosen, workspace.mutable_data_ptr(), scope.stream);
+  const auto bytes = static_cast<int64_t>(plan.chosen.workspace_bytes);
+  void* workspace = nullptr;
+  std::optional<Tensor> room;
+  if (bytes)
+    workspace = room.emplace(torch::stable::new_empty(out, {bytes}, ScalarType::Byte)).mutable_data_ptr();
+  check_lt(launch(handle, plan, o, plan.chosen, workspace, scope.stream), "Matmul");
 }
 
 #endif
