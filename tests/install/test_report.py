@@ -252,7 +252,10 @@ def test_the_report_with_and_without_gpu_runs(stored, tmp_path, monkeypatch):
     text = readme.read_text()
     assert ("no GPU results stored yet" in text) is not stored
     assert text.count(report_training.NOTHING) == (0 if stored else 4)  # answer, ladder, sizes, cost
-    assert all((mark in text) is stored for mark in ("docs/ops.svg", "docs/parts.svg", "0.80x", "1.12x", "| 0.2500 | 0.1250 |"))
+    assert all(
+        (mark in text) is stored
+        for mark in ("docs/ops.svg", "docs/parts.svg", "0.80x", "1.12x", "| 0.2500 | 0.1250 |")
+    )
     made = {path.name: path.read_bytes() for path in (tmp_path / "docs").iterdir()}
     names = ("speed", "parts", "ops") if stored else ("speed",)
     assert made.keys() == {f"{name}.{suffix}" for name in names for suffix in ("svg", "png")}

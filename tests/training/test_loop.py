@@ -369,3 +369,17 @@ def settings_folder(settings):
     from pathlib import Path
 
     return Path(settings().out)
+
+
+def test_what_backward_makes_again_changes_no_bit_of_a_run(settings, tmp_path):
+    kept = []
+    for recompute in ("none", "full"):
+        assert Trainer(settings(out=str(tmp_path / recompute), recompute=recompute, steps=3)).run() == 0
+        records = read_metrics(tmp_path / recompute / "metrics.jsonl")
+        kept.append([(r["loss"], r["grad_norm"]) for r in records if "loss" in r])
+    assert kept[0] == kept[1] and len(kept[0]) == 3
+
+
+def test_a_graph_that_can_not_be_is_named(settings):
+    with pytest.raises(ValueError, match="cuda_graph: got true with a CPU"):
+        Trainer(settings(cuda_graph=True))
