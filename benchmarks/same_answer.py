@@ -59,7 +59,8 @@ def theirs(config: ModelConfig, device: torch.device, dtype: torch.dtype, batche
 
 
 def ours(config: ModelConfig, device: torch.device, dtype: torch.dtype, batches: Sequence[Batch]) -> Run:
-    side = Ours(weights.our_model(config, device, dtype))
+    tokens, seq = len(batches[0].ids), batches[0].max_seqlen
+    side = Ours(weights.our_model(config, device, dtype), tokens, seq)
     micro_step(side.model, batches[0], torch.full((), 1 / batches[0].targets, device=device))
     grads = {name: p.grad.double().cpu() for name, p in side.model.named_parameters() if p.grad is not None}
     side.optimizer.zero_grad()

@@ -31,12 +31,12 @@ if torch.backends.cuda.is_built():  # its import takes seconds, and it runs on a
         from torch.nn.attention.varlen import varlen_attn
 
 # On Hopper cuDNN is 1.5 to 2 times as fast as FlashAttention 2, which is torch's own first choice.
-_CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_CUDNN_FIRST = (
+    (SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.cudnn_sdp_enabled),
+    (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.flash_sdp_enabled),
+    (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled),
+    (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
+)
 
 _VARLEN_DOCUMENTS = 65_535  # the second dimension of its grid
 
@@ -173,7 +173,8 @@ def _fastest(q: torch.Tensor) -> contextlib.AbstractContextManager:
     for each: torch's own order."""
     if torch.compiler.is_compiling() or not (q.is_cuda and q.requires_grad and _is_hopper(q.device.index)):
         return contextlib.nullcontext()
-    return sdpa_kernel(_CUDNN_FIRST, set_priority=True)
+    allowed = [kernel for kernel, is_enabled in _CUDNN_FIRST if is_enabled()]  # who forbids one means it
+    return sdpa_kernel(allowed, set_priority=True) if allowed else contextlib.nullcontext()
 
 
 @functools.cache

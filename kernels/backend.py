@@ -1,7 +1,7 @@
 """The one table that chooses a backend for an op, by device, dtype and shape.
 
-`cuda`, `triton` and `cpu` are our kernels; `torch` is a fused kernel that PyTorch ships; `reference` is plain PyTorch and the
-definition of the op. A caller forces one with `backend=`, a user with OPENLLAMA_BACKEND (read at import) for every op
+`cuda`, `triton` and `cpu` are our kernels; `torch` is a fused kernel that PyTorch ships, `cublaslt` NVIDIA's products as we
+call them; `reference` is plain PyTorch and the definition of the op. A caller forces one with `backend=`, a user with OPENLLAMA_BACKEND (read at import) for every op
 that has it; ops that have no such backend choose as if it were not set. A forced backend that can't run raises and
 says why.
 """
@@ -28,7 +28,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "swiglu": ("cuda", "triton", "cpu", "reference"),
     "cross_entropy": ("cuda", "triton", "cpu", "reference"),
     "linear_cross_entropy": ("cuda", "triton", "cpu", "reference"),
-    "matmul": ("cuda", "torch"),
+    "matmul": ("cublaslt", "reference"),
     "scale": ("cuda", "reference"),
     "embedding": ("cuda", "triton", "reference"),
     "adamw": ("cuda", "triton", "cpu", "reference"),
@@ -36,7 +36,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "attention": ("torch", "reference"),
 }
 
-NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+NAMES = ("cuda", "cublaslt", "triton", "cpu", "torch", "reference")
 
 _KERNEL_DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -73,11 +73,11 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hid
         return library.missing
     if device.type != ("cpu" if backend == "cpu" else "cuda"):
         return f"the tensors are on {device.type}"
-    if backend == "cuda" and not library.has_cuda:
+    if backend in ("cuda", "cublaslt") and not library.has_cuda:
         return "the library was built without CUDA (no nvcc)"
-    if dtype not in _KERNEL_DTYPES["cublaslt" if op == "matmul" else backend]:
+    if dtype not in _KERNEL_DTYPES[backend]:
         return f"no {dtype} kernel"
-    if op == "matmul" and not library.has_cublaslt():
+    if backend == "cublaslt" and not library.has_cublaslt():
         return "torch has no cuBLASLt loaded"
     if backend == "cuda" and hidden > _MAX_CUDA_HIDDEN:
         return f"hidden={hidden} is over {_MAX_CUDA_HIDDEN}"

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backend as backends
 from . import checks, library
-from .matmul import empty_gradient, give_gradient, new_gradient
+from .matmul import accumulates, give_gradient, grad_dtype, new_gradient
 
 
 def embedding(
@@ -47,7 +47,9 @@ def embedding(
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, takes (vocab, hidden)")
     checks.same_device("ids", ids, weight.device, "weight")
     _check_ids(ids, len(weight))
-    return _Embedding.apply(ids, weight, accumulate, backends.choose("embedding", weight, backend))
+    return _Embedding.apply(
+        ids, weight, accumulates(weight, accumulate), backends.choose("embedding", weight, backend)
+    )
 
 
 def _check_ids(ids: torch.Tensor, vocab: int) -> None:
@@ -65,27 +67,32 @@ class _Embedding(torch.autograd.Function):
     def forward(
         ctx: Any, ids: torch.Tensor, weight: torch.Tensor, accumulate: bool, backend: str
     ) -> torch.Tensor:
-        ctx.save_for_backward(ids, weight)
-        ctx.accumulate, ctx.backend = accumulate, backend
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype, ctx.backend = weight.shape, grad_dtype(weight), backend
+        ctx.weight = weight if accumulate else None  # whose gradient it adds to; its values are not read
         return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable  # a second derivative raises instead of being wrong
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ids, weight = ctx.saved_tensors
-        ids, (vocab, hidden) = ids.reshape(-1).to(torch.int64), weight.shape
+        ids, (vocab, hidden) = ctx.saved_tensors[0].reshape(-1).to(torch.int64), ctx.shape
         dy = checks.rows(dy, hidden)
         if ctx.backend == "reference":
             dweight = embedding_backward_reference(dy, ids, vocab)
-            return None, give_gradient(weight, dweight, ctx.accumulate), None, None
+            if ctx.weight is None:
+                return None, dweight.to(ctx.dtype), None, None
+            return None, give_gradient(ctx.weight, dweight, True), None, None
         sorted_ids, order = torch.sort(ids, stable=True)
-        dweight = weight.grad if ctx.accumulate else None
-        if dweight is None:
-            dweight = (new_gradient if ctx.accumulate else empty_gradient)(weight).zero_()
+        if ctx.weight is None:
+            dweight = dy.new_zeros((vocab, hidden), dtype=ctx.dtype)
+        else:
+            grad = ctx.weight.grad
+            dweight = new_gradient(ctx.weight).zero_() if grad is None else grad
         library.ops(ctx.backend).embedding_bwd_(dweight, dy, sorted_ids, order)
-        if ctx.accumulate:
-            weight.grad, dweight = dweight, None
-        return None, dweight, None, None
+        if ctx.weight is None:
+            return None, dweight, None, None
+        ctx.weight.grad = dweight
+        return None, None, None, None
 
 
 @library.fake("embedding_bwd_")

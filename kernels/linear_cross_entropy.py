@@ -28,7 +28,7 @@ from .cross_entropy import (
     total,
     weight_sum,
 )
-from .matmul import give_gradient, grad_dtype, matmul, new_gradient
+from .matmul import accumulates, give_gradient, grad_dtype, matmul, new_gradient
 from .scale import scale_
 
 _CHUNK_BYTES = int(0.8 * 2**30)  # of logits
@@ -84,7 +84,12 @@ def linear_cross_entropy(
     weights = row_weights(labels, weights, ignore_index)
     count = weight_sum(labels, weights, ignore_index) if reduction == "mean" else None
     chosen = backends.choose("linear_cross_entropy", h, backend)
+    if accumulate and reduction == "mean" and h.dtype == torch.float16:  # which is divided after the sum
+        raise ValueError(
+            "accumulate: got True for a mean in float16, takes reduction='sum' with weights there"
+        )
     if chosen != "reference" and reduction != "none":
+        accumulate = accumulates(weight, accumulate)
         return _summed(h, weight, labels, weights, count, (options, chunk_tokens, chosen), accumulate)
     if chosen == "reference":
         check_labels(labels, len(weight), ignore_index)
@@ -234,6 +239,7 @@ class _SummedLoss(torch.autograd.Function):
             )
             if accumulate:  # rounded once, not after each chunk
                 give_gradient(weight, dweight, True)
+                dweight = dweight.new_empty(0)
         needs = (needs[0], needs[1] and not accumulate)
         ctx.save_for_backward(dh, dweight)
         ctx.needs, ctx.accumulate = needs, accumulate

@@ -34,7 +34,7 @@ def matmul(
         accumulate: add to `out` instead.
         tune: on a GPU, time cuBLASLt's algorithms at the third call of a shape (some 20 ms, once) and take the fastest from
             then on. Not where torch is to be deterministic: runs might differ in their last bits.
-        backend: `cuda` (bf16 and fp16), `torch`; None chooses.
+        backend: `cublaslt` (bf16 and fp16), `reference`; None chooses.
 
     Returns:
         out.
@@ -46,7 +46,7 @@ def matmul(
     if out is None:
         out = a.new_empty((a.shape[0], b.shape[1]))
     chosen = backends.choose("matmul", a, backend)
-    if chosen == "cuda" and out.numel() and a.numel():
+    if chosen == "cublaslt" and out.numel() and a.numel():
         tune = tune and not torch.are_deterministic_algorithms_enabled()
         torch.ops.openllama.matmul_(out, _readable(a), _readable(b), accumulate, tune)
         return out
@@ -56,10 +56,8 @@ def matmul(
 def _readable(t: torch.Tensor) -> torch.Tensor:
     """`t`, or a copy where neither its rows nor its columns are contiguous."""
     rows, columns = t.shape
-    by_rows, by_columns = (
-        t.stride(1) == 1 and t.stride(0) >= columns,
-        t.stride(0) == 1 and t.stride(1) >= rows,
-    )
+    by_rows = (columns == 1 or t.stride(1) == 1) and (rows == 1 or t.stride(0) >= columns)
+    by_columns = (rows == 1 or t.stride(0) == 1) and (columns == 1 or t.stride(1) >= rows)
     return t if by_rows or by_columns else t.clone(memory_format=torch.contiguous_format)
 
 
@@ -75,7 +73,8 @@ def _check(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None, accumulat
         return
     checks.has_shape("out", out, (a.shape[0], b.shape[1]), "a's rows, b's columns")
     checks.same_device("out", out, a.device, "a")
-    if out.numel() and (out.stride(1) != 1 or out.stride(0) < out.shape[1]):
+    rows, columns = out.shape
+    if out.numel() and ((columns > 1 and out.stride(1) != 1) or (rows > 1 and out.stride(0) < columns)):
         raise ValueError(f"out: got strides {out.stride()}, takes contiguous rows that don't overlap")
     if out.dtype not in (a.dtype, torch.float32):
         raise TypeError(f"out: got {out.dtype}, takes a's {a.dtype} or torch.float32")
@@ -119,11 +118,16 @@ def new_gradient(weight: torch.Tensor) -> torch.Tensor:
     return empty_gradient(weight) if kept is None else kept
 
 
+def accumulates(weight: torch.Tensor, asked: bool) -> bool:
+    """Whether gradients go into `weight.grad`: not of what was computed from other weights, nor in a compiled graph."""
+    return asked and weight.is_leaf and not torch.compiler.is_compiling()
+
+
 def give_gradient(
     weight: torch.Tensor, dweight: torch.Tensor | None, accumulate: bool
 ) -> torch.Tensor | None:
     """What a backward returns for `weight`: dweight; or None, where it goes into `weight.grad` itself."""
-    if dweight is None or not accumulate:
+    if dweight is None or not accumulates(weight, accumulate):
         return None if dweight is None else dweight.to(grad_dtype(weight))
     if weight.grad is None:
         weight.grad = new_gradient(weight).copy_(dweight)
@@ -139,6 +143,7 @@ def linear_weight_gradient(
 
     dy: (tokens, out), x: (tokens, in), of one dtype.
     """
+    accumulate = accumulates(weight, accumulate)
     first = not accumulate or weight.grad is None
     dweight = weight.grad
     if first:

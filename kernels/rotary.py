@@ -108,7 +108,8 @@ def rotary_pack(
 
     Args:
         q, k, v: (tokens, heads or kv_heads, head_dim), of one dtype; heads that don't lie side by side are copied first.
-        cos, sin, positions, inverse, backend: as in `rotary`.
+        positions: (tokens), int32 or int64.
+        cos, sin, inverse, backend: as in `rotary`.
 
     Returns:
         (tokens, heads + 2 kv_heads, head_dim).
@@ -116,6 +117,7 @@ def rotary_pack(
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device. RuntimeError: a position outside the tables, as in `rotary`.
     """
+    checks.is_integer("positions", positions)
     _check(q, cos, sin, positions, None)
     for name, t in (("k", k), ("v", v)):
         checks.has_shape(name, t, (len(q), *t.shape[1:2], q.shape[2]), "tokens, kv_heads, head_dim")

@@ -70,16 +70,25 @@ class Heads(NamedTuple):
     head_dim: int
 
 
-class Sequences(NamedTuple):
-    """What all layers share in one forward: positions, rotary tables, where sequences begin and end."""
+class Sequences:
+    """What all layers share in one forward: positions, rotary tables, where sequences begin and end.
 
-    positions: torch.Tensor  # (tokens,)
-    cos: torch.Tensor
-    sin: torch.Tensor
-    cu_seqlens: torch.Tensor | None
-    max_seqlen: int
-    dense_shape: tuple[int, ...] | None  # (batch, seq), or None for a flat row of tokens
-    rows: torch.Tensor | None = None  # (tokens,), the cache's row of each, or None without a cache
+    No tuple and no dataclass: FSDP's mixed precision would round the tables that it finds in one.
+    """
+
+    def __init__(
+        self,
+        positions: torch.Tensor,  # (tokens,)
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        max_seqlen: int,
+        dense_shape: tuple[int, ...] | None,  # (batch, seq), or None for a flat row of tokens
+        rows: torch.Tensor | None = None,  # (tokens,), the cache's row of each, or None without a cache
+    ):
+        self.positions, self.cos, self.sin = positions, cos, sin
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.dense_shape, self.rows = dense_shape, rows
 
 
 class Attention:
@@ -205,11 +214,12 @@ class _Half(torch.autograd.Function):
         if not ctx.kept:
             y = rms_norm_forward(h, norm, ctx.eps, None, ctx.backend)[0] if y is None else y
             middle.forward(_project(y, w_in, b_in), True)
-        dout = checks.rows(dout, dout.shape[-1])
+        dout, dh = (checks.rows(t, t.shape[-1]) for t in (dout, dh))
         out, dinner = middle.backward(matmul(dout, w_out))
         dw_out = linear_weight_gradient(w_out, dout, out, accumulate) if need_out else None
         del out
-        dy = _project_back(dinner, w_in)
+        need_dx = need_branch or need_residual
+        dy = _project_back(dinner, w_in) if need_dx or need_norm else h  # h: not read
         if y is None and any(need_in):
             y = rms_norm_forward(h, norm, ctx.eps, None, ctx.backend)[0]
         parts = dinner.split([len(w) for w in w_in], dim=1)
@@ -221,7 +231,6 @@ class _Half(torch.autograd.Function):
             give_gradient(b, d.sum(0) if need else None, accumulate)
             for b, need, d in zip(b_in, need_bias, parts)
         ]
-        need_dx = need_branch or need_residual
         dx, dnorm = rms_norm_backward(dy, dh, h, norm, rstd, ctx.backend, need_dx, need_norm)
         dnorm = give_gradient(norm, dnorm if need_norm else None, accumulate)
         dbranch, dresidual = dx if need_branch else None, dx if need_residual else None

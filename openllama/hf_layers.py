@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from openllama import block
+from openllama.kernels import checks
 from openllama.ops import attention, rms_norm, rotary, swiglu
 
 #: The attribute of a class of ours that names HuggingFace's, and that of an instance which holds its Options.
@@ -174,7 +175,7 @@ def attention_forward(theirs: Callable) -> Callable:
         batch, seq = hidden_states.shape[:2]
         q, k, v = _rotated_qkv(self, hidden_states, position_embeddings)
         weights = None
-        if openllama_causal is not None and cache is None and not _drops(self):
+        if openllama_causal is not None and cache is None and not drops(self):
             out = _causal_attention(q, k, v, openllama_causal, self.scaling)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -229,7 +230,7 @@ def _window(attn: Any) -> dict[str, int]:
     return {} if window is None else {"sliding_window": window}
 
 
-def _drops(attn: Any) -> bool:
+def drops(attn: Any) -> bool:
     return attn.training and attn.attention_dropout > 0
 
 
@@ -335,7 +336,7 @@ def _attention_weights(layer: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> _
         recorded = kwargs.get("output_attentions") or getattr(attn.config, "output_attentions", False)
         if recorded or not is_bare(attn, "output_capturing_hook"):
             return None
-    if _drops(attn) or "q_norm" in attn._modules or attn.scaling != attn.head_dim**-0.5:
+    if drops(attn) or "q_norm" in attn._modules or attn.scaling != attn.head_dim**-0.5:
         return None
     return _weights(layer.input_layernorm, (attn.q_proj, attn.k_proj, attn.v_proj), attn.o_proj, x.dtype)
 
@@ -365,8 +366,8 @@ def _run_half(
     middle: block.Middle, branch: torch.Tensor, residual: torch.Tensor | None, norm: Any, weights: _Weights
 ) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = branch.shape[-1]
-    branch = branch.reshape(-1, hidden)
-    residual = None if residual is None else residual.reshape(-1, hidden)
+    branch = checks.rows(branch, hidden)
+    residual = None if residual is None else checks.rows(residual, hidden)
     w_in, b_in, w_out = weights
     eps, settings = norm.variance_epsilon, block.Settings()
     return block.half(middle, branch, residual, norm.weight, w_in, w_out, eps, settings, b_in)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from openllama import hf_layers
-from openllama.hf_layers import OPTIONS, ORIGINAL, Causal, Options, autocasts, is_ours, is_plain
+from openllama.hf_layers import OPTIONS, ORIGINAL, Causal, Options, autocasts, drops, is_ours, is_plain
 from openllama.ops import linear_cross_entropy
 
 #: Versions of transformers that this was tried with.
@@ -201,9 +201,13 @@ def _causal(model: Any, kwargs: dict[str, Any]) -> Causal | None:
         return None
     if ("input_ids" in given) == ("inputs_embeds" in given):
         return None  # their error
-    if not all(is_ours(layer) and is_ours(layer.self_attn) for layer in model.layers):
+    # a layer that went to HuggingFace's attention all the same would find no mask there
+    if not all(is_ours(layer) and is_ours(a := layer.self_attn) and not drops(a) for layer in model.layers):
         return None
-    batch, seq = kwargs["input_ids" if "input_ids" in given else "inputs_embeds"].shape[:2]
+    inputs = kwargs["input_ids" if "input_ids" in given else "inputs_embeds"]
+    if type(inputs) is not torch.Tensor and type(inputs) is not nn.Parameter:
+        return None  # sharded, say
+    batch, seq = inputs.shape[:2]
     borders, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if borders is None:
         known, longest = not given & ({"position_ids"} | _PACKING), seq
@@ -263,7 +267,8 @@ def _causal_lm_forward(theirs: Callable) -> Callable:
 
 def _loss_is_ours(model: Any, kwargs: dict[str, Any]) -> bool:
     """In training with labels, of all logits, with a head that nothing replaces and HuggingFace's own loss."""
-    if kwargs.get("labels") is None or not model.training or vars(model)[OPTIONS].logits:
+    options = vars(model).get(OPTIONS)  # none: a new model of a patched one's class
+    if kwargs.get("labels") is None or not model.training or options is None or options.logits:
         return False
     keep = kwargs.get("logits_to_keep")
     if isinstance(keep, torch.Tensor) or keep:

@@ -33,7 +33,8 @@ def compare(model: Llama, steps: Sequence[Sequence[Batch]], rows: int, device: t
     Returns two rows; `loss_gap` is the largest relative difference of the losses. Raises ValueError where they don't
     agree: then it is not the same work.
     """
-    sides = {"ours": Ours(model), "hf:sdpa": _exported(model, rows, device)}
+    tokens, seq = len(steps[0][0].ids), max(b.max_seqlen for b in steps[0])
+    sides = {"ours": Ours(model, tokens, seq), "hf:sdpa": _exported(model, rows, device)}
     timed: dict[str, Timed] = {impl: [] for impl in sides}
     for batches in steps:
         for impl, side in sides.items():
@@ -75,7 +76,6 @@ def _row(
         "rate": rate,
         "model_tflops": flops / 1e12,
         "of_ceiling": flops / peak if peak else None,
-        "peak_gib": devices.peak_memory_gib(device),
         "parameters": sum(p.numel() for p in side.model.parameters()),
         "losses": [timed[0][0], timed[-1][0]],
     }

@@ -24,12 +24,12 @@ class Ours:
     def __init__(
         self,
         model: Llama,
+        tokens: int,
+        seq: int,
         form: memory.Form = memory.FORMS[0],
         recompute: str | None = None,
         accumulate: bool | None = None,
         graph: bool | None = None,
-        tokens: int = 1,
-        seq: int = 1,
     ):
         self.model, self.form = model, form
         self.optimizer = AdamW(
@@ -105,4 +105,4 @@ def build(
     **switches: Any,
 ) -> Ours:
     model = weights.our_model(config, device, dtype)
-    return Ours(model, form, tokens=work.batch * work.seq, seq=work.seq, **switches)
+    return Ours(model, work.batch * work.seq, work.seq, form, **switches)

@@ -22,7 +22,7 @@ import torch
 from benchmarks.peers import hf
 from benchmarks.training import memory, ours, parts, weights
 from benchmarks.training.sides import Side
-from benchmarks.training.work import WARMUP, Work
+from benchmarks.training.work import Work
 from openllama import devices
 from openllama.config import ModelConfig
 from openllama.data.loader import Batch
@@ -64,15 +64,15 @@ def _builders(side: Side, work: Work, config: ModelConfig, device, dtype) -> lis
 
 
 def _measured(stepper: Any, work: Work, config: ModelConfig, device, dtype) -> dict[str, Any]:
-    steps = weights.steps_of(work, config, WARMUP + work.steps)
-    print(f"{stepper.optimizer_words}; {WARMUP} + {work.steps} steps", flush=True)
+    steps = weights.steps_of(work, config, work.warmup + work.steps)
+    print(f"{stepper.optimizer_words}; {work.warmup} + {work.steps} steps", flush=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     timed = [timed_step(stepper, batches, device) for batches in steps]
     losses = [loss for loss, _ in timed]
     if not all(map(math.isfinite, losses)):
         raise FloatingPointError(f"a loss that is not finite: {losses}")
-    seconds = statistics.median(s for _, s in timed[WARMUP:])
+    seconds = statistics.median(s for _, s in timed[work.warmup :])
     rate = work.tokens / seconds
     flops, peak = rate * flops_per_token(config, work.seq), devices.peak_flops(device, dtype)
     gib = devices.peak_memory_gib(device)

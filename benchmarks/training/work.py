@@ -12,6 +12,7 @@ from openllama.presets import PRESETS, preset
 
 LR, CLIP, WEIGHT_DECAY, BETAS = 1e-4, 1.0, 0.1, (0.9, 0.95)
 WARMUP = 2  # steps that don't count: allocations, compilation, algorithm choices
+GRAPH_WARMUP = 4  # where a step has few micro-batches: a graph is captured at the fourth of a shape
 SEED = 0
 
 
@@ -51,6 +52,11 @@ class Work:
     def tokens(self) -> int:
         """Of an optimizer step."""
         return self.batch * self.seq * self.accumulation
+
+    @property
+    def warmup(self) -> int:
+        """Steps before those that are timed."""
+        return WARMUP if self.accumulation > 2 else GRAPH_WARMUP
 
     @property
     def shape(self) -> dict[str, Any]:

@@ -15,10 +15,8 @@ enum : int32_t { kOpN = 0, kOpT = 1 };              // cublasOperation_t
 enum : int32_t { kF32 = 0, kF16 = 2, kBF16 = 14 };  // cudaDataType_t
 enum : int32_t { kComputeF32 = 68 };                // cublasComputeType_t
 enum : int32_t { kTransA = 3, kTransB = 4 };        // cublasLtMatmulDescAttributes_t
-enum : int32_t {
-  kMaxWorkspaceBytes = 1,
-  kMinAlignmentA = 5
-};  // cublasLtMatmulPreferenceAttributes_t; B, C, D: + 1 each
+// cublasLtMatmulPreferenceAttributes_t; kMinAlignmentA is followed by those of B, C and D
+enum : int32_t { kMaxWorkspaceBytes = 1, kReductionSchemes = 3, kMinAlignmentA = 5 };
 
 struct Algorithm {
   uint64_t data[8];
@@ -38,8 +36,10 @@ using Object = void*;  // a descriptor, a layout, a preference
 struct Library {
   int32_t (*create)(Handle*);
   int32_t (*desc_create)(Object*, int32_t compute, int32_t scale);
+  int32_t (*desc_destroy)(Object);
   int32_t (*desc_set)(Object, int32_t attribute, const void*, size_t);
   int32_t (*layout_create)(Object*, int32_t type, uint64_t rows, uint64_t columns, int64_t ld);
+  int32_t (*layout_destroy)(Object);
   int32_t (*preference_create)(Object*);
   int32_t (*preference_set)(Object, int32_t attribute, const void*, size_t);
   int32_t (*preference_destroy)(Object);
@@ -64,6 +64,8 @@ inline const Library& library() {
       return to != nullptr;
     };
     l.loaded = find(l.create, "cublasLtCreate") && find(l.desc_create, "cublasLtMatmulDescCreate") &&
+               find(l.desc_destroy, "cublasLtMatmulDescDestroy") &&
+               find(l.layout_destroy, "cublasLtMatrixLayoutDestroy") &&
                find(l.desc_set, "cublasLtMatmulDescSetAttribute") &&
                find(l.layout_create, "cublasLtMatrixLayoutCreate") &&
                find(l.preference_create, "cublasLtMatmulPreferenceCreate") &&

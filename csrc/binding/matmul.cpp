@@ -20,8 +20,12 @@ namespace {
 namespace lt = cublaslt;
 
 constexpr size_t kWorkspaceBytes = 32 << 20;  // at most
+constexpr uint32_t kInFp32 =
+    2;  // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: parts of a sum are not rounded first
 constexpr int kProposals = 8;
 constexpr int kRounds = 7;
+constexpr int kMostTimed = 512;  // shapes: a run whose lengths vary must not time all its life
+constexpr size_t kMostPlans = 4096;
 constexpr int kUntimed = 2;     // calls of a shape before it is worth to time it
 constexpr float kGain = 0.99f;  // of the first proposal's time: what is closer to it is noise
 
@@ -34,10 +38,13 @@ struct View {
 // Row-major (rows, columns) is the transpose in cuBLASLt's eyes, which is what the product below wants.
 View view_of(const Tensor& t, const char* name) {
   require(t.dim() == 2, "openllama: ", name, " must have two dimensions");
-  if (t.stride(1) == 1 && t.stride(0) >= t.size(1)) return {t.stride(0), false};
-  require(t.stride(0) == 1 && t.stride(1) >= t.size(0), "openllama: ", name,
+  const int64_t rows = t.size(0),
+                columns = t.size(1);  // a stride counts where there is more than one of them
+  if ((columns == 1 || t.stride(1) == 1) && (rows == 1 || t.stride(0) >= columns))
+    return {std::max(rows == 1 ? 1 : t.stride(0), columns), false};
+  require((rows == 1 || t.stride(0) == 1) && (columns == 1 || t.stride(1) >= rows), "openllama: ", name,
           " must have contiguous rows or columns");
-  return {t.stride(1), true};
+  return {std::max(columns == 1 ? 1 : t.stride(1), rows), true};
 }
 
 int32_t type_of(const Tensor& t) {
@@ -61,7 +68,7 @@ struct Problem {
   auto operator<=>(const Problem&) const = default;
 };
 
-// Descriptors and the chosen algorithm of a problem. They live as long as the process: there are a few dozen.
+// Descriptors and the chosen algorithm of a problem.
 struct Plan {
   lt::Object desc, a, b, out;
   lt::Proposal chosen;
@@ -93,6 +100,7 @@ std::vector<lt::Proposal> proposals(lt::Handle handle, const Plan& plan, const P
   const auto& l = lt::library();
   lt::Object preference;
   check_lt(l.preference_create(&preference), "MatmulPreferenceCreate");
+  l.preference_set(preference, lt::kReductionSchemes, &kInFp32, sizeof kInFp32);
   l.preference_set(preference, lt::kMaxWorkspaceBytes, &kWorkspaceBytes, sizeof kWorkspaceBytes);
   const std::array<uint32_t, 4> aligned{uint32_t(p.align_b), uint32_t(p.align_a), uint32_t(p.align_out),
                                         uint32_t(p.align_out)};
@@ -143,15 +151,20 @@ struct Timer {
 // lowers it. One that can't run after all loses.
 size_t fastest(lt::Handle handle, const Plan& plan, const Problem& p, Operands o, const Tensor& out,
                const std::vector<lt::Proposal>& all, cudaStream_t stream) {
-  Tensor scratch = torch::stable::new_empty(out, {p.m, p.ldout});
-  Tensor workspace = torch::stable::new_empty(out, {int64_t(kWorkspaceBytes)}, ScalarType::Byte);
-  o.out = scratch.mutable_data_ptr();
+  std::optional<Tensor> scratch, workspace;
+  try {
+    scratch = torch::stable::new_empty(out, {p.m, p.ldout});
+    workspace = torch::stable::new_empty(out, {int64_t(kWorkspaceBytes)}, ScalarType::Byte);
+  } catch (const std::exception&) {  // no memory: training goes on with the first
+    return 0;
+  }
+  o.out = scratch->mutable_data_ptr();
   const Timer timer;
   std::vector<std::array<float, kRounds>> times(all.size());
   for (int round = -1; round < kRounds; ++round)  // the first warms up
     for (size_t i = 0; i < all.size(); ++i) {
       check(cudaEventRecord(timer.begin, stream), "matmul");
-      const bool ran = launch(handle, plan, o, all[i], workspace.mutable_data_ptr(), stream) == 0;
+      const bool ran = launch(handle, plan, o, all[i], workspace->mutable_data_ptr(), stream) == 0;
       check(cudaEventRecord(timer.end, stream), "matmul");
       check(cudaEventSynchronize(timer.end), "matmul");
       if (round < 0) continue;
@@ -167,32 +180,51 @@ size_t fastest(lt::Handle handle, const Plan& plan, const Problem& p, Operands o
   return median(*best) < kGain * median(times[0]) ? size_t(best - times.begin()) : 0;
 }
 
-// The plan of a problem. Without `tune` it stays the first proposal, which is the same in every run.
-Plan plan_of(const Problem& p, const Operands& o, const Tensor& out, bool tune, cudaStream_t stream,
-             lt::Handle* handle) {
-  struct Entry {
-    Plan plan;
-    int calls = 0;
-  };
-  static std::mutex mutex;
-  static std::map<std::pair<Problem, bool>, Entry> entries;
-  const std::lock_guard lock(mutex);
-  *handle = handle_of(p.device);
-  Entry& entry = entries[{p, tune}];
-  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
-  const bool known = entry.plan.desc, due = tune && entry.calls == kUntimed;
-  if (due) check(cudaStreamIsCapturing(stream, &capturing), "matmul");
-  if (!known || (due && capturing == cudaStreamCaptureStatusNone)) {
-    Plan plan = known ? entry.plan : described(p);
-    const auto all = proposals(*handle, plan, p);
-    try {
-      plan.chosen = all[due ? fastest(*handle, plan, p, o, out, all, stream) : 0];
-    } catch (const std::exception&) {  // no memory for the scratch output: training goes on with the first
-      plan.chosen = all[0];
+struct Entry {
+  Plan plan;
+  int calls = 0;
+};
+
+// All plans; the lock is held while one is in use.
+struct Plans {
+  std::mutex mutex;
+  std::map<std::pair<Problem, bool>, Entry> entries;
+  int timed = 0;
+
+  void make_room() {
+    if (entries.size() < kMostPlans) return;
+    for (const auto& [key, entry] : entries) {
+      for (lt::Object layout : {entry.plan.a, entry.plan.b, entry.plan.out})
+        lt::library().layout_destroy(layout);
+      lt::library().desc_destroy(entry.plan.desc);
     }
-    entry.plan = plan;
+    entries.clear();
   }
-  if (entry.calls <= kUntimed && capturing == cudaStreamCaptureStatusNone) ++entry.calls;
+};
+
+Plans& plans() {
+  static Plans all;
+  return all;
+}
+
+// The plan of a problem. Without `tune` it stays the first proposal, which is the same in every run.
+const Plan& plan_of(lt::Handle handle, const Problem& p, const Operands& o, const Tensor& out, bool tune,
+                    cudaStream_t stream) {
+  auto found = plans().entries.find({p, tune});
+  if (found == plans().entries.end()) {
+    Plan plan = described(p);
+    plan.chosen = proposals(handle, plan, p)[0];
+    plans().make_room();
+    found = plans().entries.emplace(std::pair{p, tune}, Entry{plan}).first;
+  }
+  Entry& entry = found->second;
+  if (!tune || entry.calls > kUntimed || plans().timed >= kMostTimed) return entry.plan;
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &capturing), "matmul");
+  if (capturing != cudaStreamCaptureStatusNone || entry.calls++ < kUntimed) return entry.plan;
+  ++plans().timed;
+  const auto all = proposals(handle, entry.plan, p);
+  entry.plan.chosen = all[fastest(handle, entry.plan, p, o, out, all, stream)];
   return entry.plan;
 }
 
@@ -224,8 +256,9 @@ void matmul_cuda(Tensor out, Tensor a, Tensor b, bool accumulate, bool tune) {
                   alignment(o.a),
                   alignment(o.b),
                   alignment(o.out)};
-  lt::Handle handle;
-  const Plan plan = plan_of(p, o, out, tune, scope.stream, &handle);
+  const std::lock_guard lock(plans().mutex);
+  lt::Handle handle = handle_of(p.device);
+  const Plan& plan = plan_of(handle, p, o, out, tune, scope.stream);
   const auto bytes = static_cast<int64_t>(plan.chosen.workspace_bytes);
   void* workspace = nullptr;
   std::optional<Tensor> room;

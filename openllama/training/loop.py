@@ -34,7 +34,7 @@ from openllama.training.checkpoint import check_shape
 from openllama.training.config import TrainConfig
 from openllama.training.faults import StopSignal
 from openllama.training.inputs import Split, check_inputs, packed_loader, token_caches
-from openllama.training.micro_step import GraphedMicroStep, choose_micro_step
+from openllama.training.micro_step import GraphedMicroStep, choose_micro_step, drop_gradients
 from openllama.training.monitor import Monitor, read_metrics
 from openllama.training.ranks import TIMEOUT, Ranks
 from openllama.training.step import (
@@ -128,6 +128,7 @@ class Trainer:
     def run(self) -> int:
         with ExitStack() as stack:
             self._hold(stack)
+            stack.callback(drop_gradients, self.model)
             return self._run()
 
     def _hold(self, stack: ExitStack) -> None:

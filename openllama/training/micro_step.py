@@ -74,15 +74,16 @@ class GraphedMicroStep:
         self._pool: Any = None
 
     def __call__(self, engine: torch.nn.Module, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        inputs = _evened(model_inputs(batch, scale.device)) | {"scale": scale}
+        longest = engine.config.max_positions  # type: ignore[union-attr]
+        inputs = _evened(model_inputs(batch, scale.device), longest) | {"scale": scale}
+        shape = (engine.settings, *((name, _shape(value)) for name, value in inputs.items()))
+        self._calls[shape] = calls = self._calls.get(shape, 0) + 1
         first = all(p.grad is None for p in engine.parameters())
-        key = (first, *((name, _shape(value)) for name, value in inputs.items()))
-        self._calls[key] = calls = self._calls.get(key, 0) + 1
         if calls <= WARMUP or (first and not all(hasattr(p, "grad_buffer") for p in engine.parameters())):
             return _run(engine, inputs)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(engine, inputs)
-        graph, static, loss = self._graphs[key]
+        if (first, shape) not in self._graphs:
+            self._graphs[first, shape] = self._capture(engine, inputs)
+        graph, static, loss = self._graphs[first, shape]
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor):
                 static[name].copy_(value, non_blocking=True)
@@ -99,6 +100,14 @@ class GraphedMicroStep:
             loss = _run(engine, static)
         self._pool = graph.pool()
         return graph, static, loss
+
+
+def drop_gradients(model: torch.nn.Module) -> None:
+    """Gives back what `keep_gradients` kept."""
+    for p in model.parameters():
+        p.grad = None
+        if hasattr(p, "grad_buffer"):
+            del p.grad_buffer
 
 
 def keep_gradients(model: torch.nn.Module) -> None:
@@ -130,13 +139,14 @@ def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else value
 
 
-def _evened(inputs: Inputs) -> Inputs:
-    """With a power of two of pieces, the last ones empty, and the longest piece's length rounded up to one."""
+def _evened(inputs: Inputs, longest: int) -> Inputs:
+    """With a power of two of pieces, the last ones empty, and the longest piece's length rounded up to one, or to
+    `longest`, which no piece is over."""
     if "cu_seqlens" not in inputs:
         return inputs
     borders, tokens = inputs["cu_seqlens"], len(inputs["ids"])
     more = _power_of_two(len(borders) - 1) - (len(borders) - 1)
-    longest = min(tokens, _power_of_two(inputs["max_seqlen"]))
+    longest = min(longest, tokens, _power_of_two(inputs["max_seqlen"]))
     return inputs | {"cu_seqlens": F.pad(borders, (0, more), value=tokens), "max_seqlen": longest}
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks import ladder, sizes, tokens_per_second
 from benchmarks.peers import hf
 from benchmarks.training import memory, ours, parts, runner, side, sides, weights
-from benchmarks.training.work import WARMUP, Work
+from benchmarks.training.work import GRAPH_WARMUP, Work
 from openllama.presets import preset
 
 CPU = torch.device("cpu")
@@ -102,7 +102,9 @@ def test_reasons():
 
 def test_ours_is_set_up_as_in_training_but_for_what_is_asked():
     def settings(**asked):
-        return ours.Ours(weights.our_model(preset("tiny"), CPU, torch.bfloat16), **asked).settings_words
+        return ours.Ours(
+            weights.our_model(preset("tiny"), CPU, torch.bfloat16), 64, 64, **asked
+        ).settings_words
 
     assert settings() == "recompute norm, accumulate True, graph False, moments fp32, masters fp32"
     assert settings(recompute="mlp", accumulate=False).startswith(
@@ -137,7 +139,7 @@ def test_out_of_memory_takes_the_next_leaner_form(monkeypatch):
         tried.append(form)
         if form.masters == "fp32":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return ours.Ours(weights.our_model(config, device, dtype), form)
+        return ours.Ours(weights.our_model(config, device, dtype), 64, 64, form)
 
     monkeypatch.setattr(ours, "build", build)
     made = side.measure(sides.ours(), WORK, CPU)
@@ -349,7 +351,7 @@ def test_the_command_stores_under_its_shape(monkeypatch, capsys):
 
 def test_a_step_is_timed_after_warming_up(monkeypatch):
     """What the medians leave out: the first steps."""
-    seconds = iter([9.0] * WARMUP + [1.0, 3.0, 2.0])
+    seconds = iter([9.0] * GRAPH_WARMUP + [1.0, 3.0, 2.0])
     monkeypatch.setattr(side, "timed_step", lambda *arguments: (5.0, next(seconds)))
     made = side.measure(sides.ours(), dataclasses.replace(WORK, steps=3), CPU)
     assert made["ms"] == 2000 and made["rate"] == WORK.tokens / 2

@@ -168,7 +168,7 @@ X, W = torch.ones(2, 4), torch.ones(4)
         (lambda: swiglu(X, backend="cuda"), "swiglu can't run on 'cuda' here: the tensors are on cpu"),
         (lambda: attention(*[X[None, :, None]] * 3, backend="cuda"), "attention has no cuda kernel yet"),
         (lambda: attention(*[X[None, :, None]] * 3, backend="cpu"), "attention has no cpu kernel"),
-        (lambda: cross_entropy(X, torch.tensor([0, 1]), backend="gpu"), "backend: got 'gpu', takes one of cuda, triton, cpu, torch, reference or None"),
+        (lambda: cross_entropy(X, torch.tensor([0, 1]), backend="gpu"), "backend: got 'gpu', takes one of cuda, cublaslt, triton, cpu, torch, reference or None"),
     ],
 )  # fmt: skip
 def test_forced_backend_that_cannot_run_says_why(call, message):
@@ -206,7 +206,7 @@ def test_environment_forces_a_backend_where_an_op_has_it(name, ours):
 @pytest.mark.parametrize(
     "variable, value, message",
     [
-        ("OPENLLAMA_BACKEND", "gpu", "OPENLLAMA_BACKEND: got 'gpu', takes one of cuda, triton, cpu, torch, reference"),
+        ("OPENLLAMA_BACKEND", "gpu", "OPENLLAMA_BACKEND: got 'gpu', takes one of cuda, cublaslt, triton, cpu, torch, reference"),
         ("OPENLLAMA_CPU", "sse", "OPENLLAMA_CPU: got 'sse', takes one of base, avx2, avx512"),
     ],
 )  # fmt: skip

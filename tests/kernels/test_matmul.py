@@ -78,7 +78,7 @@ def test_empty(device):
         ({"out": torch.ones(2, 2).t()}, ValueError, r"out: got strides \(1, 2\), takes contiguous rows"),
         ({"accumulate": True}, ValueError, "out: got None, takes a tensor to add to"),
         ({"backend": "cpu"}, ValueError, "matmul has no cpu kernel"),
-        ({"backend": "cuda"}, ValueError, "matmul can't run on 'cuda' here"),
+        ({"backend": "cublaslt"}, ValueError, "matmul can't run on 'cublaslt' here"),
     ],
 )
 def test_bad_arguments_are_named(change, kind, message):

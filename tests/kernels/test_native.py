@@ -163,34 +163,6 @@ def test_no_kernel_spills_registers():
         assert int(stack) == 0 and int(shared) <= 48 * 1024, name
 
 
-@needs_cuda_build
-def test_every_cuda_source_compiles_for_sm_89(tmp_path):
-    """Cards of 8.9 run sm_80's code: code of their own would have to fit as well. What ptxas says of it."""
-    if toolkit() is None or not (ROOT / "build" / "native" / "_C" / "build.ninja").exists():
-        pytest.skip("nvcc, or the build folder, is not here")
-    commands = cuda_commands()
-    assert {source for source, _ in commands} == {
-        str(p.relative_to(ROOT / "csrc")) for p in (*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/hopper/*.cu"))
-    }
-    running = []
-    for source, command in commands:
-        if source.startswith("hopper/"):
-            continue
-        command = [w for w in command if w not in ("-MMD", "-MF") and not w.endswith(".o.d")]
-        command = [w for w in command if not w.startswith("-gencode")]
-        command[command.index("-o") + 1] = str(tmp_path / f"{source}.cubin")
-        command[command.index("-c")] = "-cubin"  # the card's code alone
-        command += ["-gencode=arch=compute_89,code=sm_89", "-Xptxas=-v"]
-        running.append((source, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-    for source, process in running:
-        report = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, report
-        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert spills and set(spills) == {("0", "0")}, f"{source}:\n{report}"
-        static = [int(size) for size in re.findall(r"(\d+) bytes smem", report)]
-        assert max(static, default=0) <= 48 * 1024, source
-
-
 def fat_binary_entries() -> list[tuple[str, str]]:
     """(kind, architecture) of every piece of GPU code in the library, as `cuobjdump --list-elf --list-ptx` shows them.
 

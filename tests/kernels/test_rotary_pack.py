@@ -70,6 +70,7 @@ def test_part_of_a_head_may_turn(device):
         ({"k": torch.ones(3, 2, 8)}, ValueError, r"k: got shape \(3, 2, 8\), takes \(4, 2, 8\)"),
         ({"v": torch.ones(4, 2, 8, dtype=BF16)}, TypeError, "v: got torch.bfloat16, takes q's torch.float32"),
         ({"positions": torch.arange(3)}, ValueError, r"positions: got shape \(3,\), takes \(4,\)"),
+        ({"positions": 3}, TypeError, "positions: got int, takes a tensor"),
         ({"positions": torch.arange(4) + 30}, RuntimeError, "outside the table's 32 rows"),
     ],
 )

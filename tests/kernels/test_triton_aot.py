@@ -19,8 +19,8 @@ import pytest
 pytest.importorskip("triton")
 
 # Shared memory that a block may have, in bytes: CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability".
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Compute Capability". Cards of 8.6 and 8.9 have less than those of 8.0, and get the same kernels.
+SHARED = {80: 99 * 1024, 90: 227 * 1024}
 
 
 @pytest.mark.parametrize("capability", SHARED)

@@ -146,6 +146,58 @@ def test_what_is_made_again_has_the_same_bits(device, dtype, kind):
         assert all(torch.equal(a, b) for a, b in zip(grads, all_grads[0]))
 
 
+@pytest.mark.parametrize("kind", ("attention", "mlp"))
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_that_have_no_strides(device, kind):
+    """CASES 3: those of a sum."""
+    case = Case(kind, device, torch.float32)
+    grads = []
+    for outputs in (case.by_autograd(), case.by_hand()):
+        grads.append(torch.autograd.grad(sum(out.sum() for out in outputs), case.leaves))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_computed_from_others_get_their_gradients():
+    """They have no `.grad` to add to."""
+    case = Case("mlp", "cpu")
+    sources = [case.w_out, *case.w_in]
+    case.w_out, *case.w_in = (w * 2 for w in sources)
+    expected = torch.autograd.grad(case.by_autograd(), sources, case.douts, retain_graph=True)
+    torch.autograd.backward(case.by_hand(accumulate=True), case.douts)
+    torch.testing.assert_close([w.grad for w in sources], list(expected))
+
+
+def test_a_compiled_model_trains_after_accumulate_gradients():
+    models = [make(torch.bfloat16, tied=True) for _ in range(2)]
+    ids = torch.randint(0, 101, (2, 12), generator=torch.Generator().manual_seed(0))
+    for model, run in zip(models, (models[0], torch.compile(models[1], backend="aot_eager"))):
+        accumulate_gradients(model)
+        run(ids, labels=ids).backward()
+    for ours, theirs in zip(models[1].parameters(), models[0].parameters()):
+        assert (ours.grad - theirs.grad).norm() <= 0.02 * theirs.grad.norm()
+
+
+def test_sharded_in_mixed_precision():
+    """FSDP2 casts what it finds in a layer's arguments; rotary tables have to stay fp32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model, plain = make(), make(torch.bfloat16)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        ids = torch.randint(0, 101, (2, 12), generator=torch.Generator().manual_seed(0))
+        losses = [m(ids, labels=ids) for m in (model, plain)]
+        torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+        losses[0].backward()
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_second_backward_raises():
     case = Case("mlp", "cpu")
     out, _ = case.by_hand()

@@ -276,3 +276,38 @@ def test_ddp_and_fsdp2(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("all the same") == 2, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- what layers are given, and asked
+
+
+def test_gradients_of_a_layers_output_and_inputs_of_any_strides():
+    """A sum's gradient has no strides, and inputs_embeds may be transposed."""
+    theirs, ours = pair()
+    ids = torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(0))
+    embeds = torch.randn(48, 2, 12, generator=torch.Generator().manual_seed(1)).permute(1, 2, 0)
+    for given in ({"input_ids": ids, "output_hidden_states": True}, {"inputs_embeds": embeds}):
+        grads = []
+        for model in (theirs, ours):
+            model.zero_grad()
+            out = model.model(use_cache=False, **given)
+            (out.hidden_states[1] if out.hidden_states else out.last_hidden_state).sum().backward()
+            grads.append(model.model.layers[0].mlp.down_proj.weight.grad)
+        assert error(*grads) < 1e-5
+
+
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+def test_a_layer_with_dropout_of_its_own_stays_causal(implementation):
+    theirs, ours = pair(attn_implementation=implementation)
+    for model in (theirs, ours):
+        model.model.layers[0].self_attn.attention_dropout = 1e-12
+    ids = torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(0))
+    check_same(theirs, ours, input_ids=ids, labels=ids)
+
+
+def test_a_new_model_of_a_patched_ones_class_trains():
+    _, ours = pair()
+    ids = torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(0))
+    new = type(ours)(ours.config).train()
+    loss = new(input_ids=ids, labels=ids).loss
+    assert loss.isfinite() and loss.requires_grad

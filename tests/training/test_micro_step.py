@@ -52,11 +52,14 @@ def test_dense_batches_are_seen_on_a_gpu_only():
 
 def test_packs_are_evened_out_with_empty_pieces():
     inputs = model_inputs(batch((50, 10, 4, 60, 4), 0), torch.device("cpu"))
-    evened = micro_step._evened(inputs)
+    evened = micro_step._evened(inputs, SHAPE.max_positions)
     assert evened["cu_seqlens"].tolist() == [0, 50, 60, 64, 124, 128, 128, 128, 128]
     assert evened["max_seqlen"] == 64 and evened["cu_seqlens"].dtype == torch.int32
     model = Llama(SHAPE).initialise(0)
     assert torch.equal(model(**inputs), model(**evened))
+    assert (
+        micro_step._evened(inputs | {"max_seqlen": 40}, 48)["max_seqlen"] == 48
+    )  # not over the tables' rows
 
 
 def test_who_gets_a_graph():
