@@ -65,7 +65,8 @@ __device__ __forceinline__ void load_turns(float (&to)[N], const float* row, int
 template <class T, int N>
 __device__ void copy_columns(const T* x, T* out, int64_t count) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;  // of a token
-#pragma unroll N > 1 ? 4 : 1  // single elements have no registers to spare
+  constexpr int kAtOnce = N > 1 ? 4 : 1;  // single elements have no registers to spare
+#pragma unroll kAtOnce
   for (int64_t c = thread * N; c < count; c += threads * N) store(out + c, load<N>(x + c));
 }
 

@@ -74,7 +74,7 @@ class GraphedMicroStep:
         self._pool: Any = None
 
     def __call__(self, engine: torch.nn.Module, batch: Batch, scale: torch.Tensor) -> torch.Tensor:
-        longest = engine.config.max_positions  # type: ignore[union-attr]
+        longest: int = engine.config.max_positions  # type: ignore
         inputs = _evened(model_inputs(batch, scale.device), longest) | {"scale": scale}
         shape = (engine.settings, *((name, _shape(value)) for name, value in inputs.items()))
         self._calls[shape] = calls = self._calls.get(shape, 0) + 1
@@ -107,7 +107,7 @@ def drop_gradients(model: torch.nn.Module) -> None:
     for p in model.parameters():
         p.grad = None
         if hasattr(p, "grad_buffer"):
-            del p.grad_buffer
+            del p.grad_buffer  # type: ignore[attr-defined]
 
 
 def keep_gradients(model: torch.nn.Module) -> None:
