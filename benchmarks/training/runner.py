@@ -98,9 +98,10 @@ def table(rows: Sequence[Row]) -> str:
             continue
         mfu = f"{r['of_ceiling']:.1%}" if r["of_ceiling"] else "N/A"
         ratio = f"{r['ratio']:.2f}x" if r["ratio"] else ""
+        gib = f"{r['peak_gib']:.1f}" if r["peak_gib"] else ""  # of a process that two sides share, neither's
         lines.append(
             f"{r['impl']:{width}} {r['rate']:>9,.0f} {r['ms']:>9.1f} {r['model_tflops']:>8.2f} {mfu:>6} "
-            f"{r['peak_gib']:>6.1f} {ratio:>8}  {r['optimizer']}"
+            f"{gib:>6} {ratio:>8}  {r['optimizer']}"
         )
         if r["parts"]:
             lines.append(f"{'':{width}} ms: {parts.text(r['parts'])}")
