@@ -72,7 +72,8 @@ def linear_cross_entropy(
     Saves for backward dh (h's dtype) and dW (fp32), which backward only scales, of those that are asked for; with `none`, h
     and weight. dW comes in fp32 where `weight.grad_dtype` is that, else rounded once to weight's dtype.
 
-    The gradients that forward made are used up by the first backward: a second one raises (but for `none`).
+    The gradients that forward made are used up by the first backward: a second one raises (but for `none`). On a GPU the
+    first calls of a shape may differ from later ones in their last bits: see `matmul`'s `tune`.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, number or reduction. RuntimeError, naming the row: a label

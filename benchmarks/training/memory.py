@@ -15,9 +15,8 @@ from openllama.optim import AdamW, Masters, Moments
 
 RECOMPUTE = "norm"  # the model's default
 GRADIENT = 4  # bytes a parameter: micro-batches add up in fp32
-RESERVE = (
-    4 * 2**30
-)  # the loss's chunks, workspaces of the matrix products, the largest single gradient, fragments
+# Of the loss's chunks, workspaces of the matrix products, the largest single gradient, fragments.
+RESERVE = 4 * 2**30
 
 
 class Form(NamedTuple):

@@ -18,8 +18,8 @@ from openllama.training.step import accumulate_gradients, train_step
 
 
 class Ours:
-    """The model is set up as the trainer does it, for micro-batches of `tokens` tokens in sequences of `seq`. What `recompute`, `accumulate` and `graph` ask for differs from that
-    only where they are not None: this is the one place that knows where each of them goes."""
+    """The model is set up as the trainer does it, for micro-batches of `tokens` tokens in sequences of `seq`. It differs from
+    that where `recompute`, `accumulate` or `graph` is not None: the one place that knows where each of them goes."""
 
     def __init__(
         self,
