@@ -32,7 +32,7 @@ class ModelConfig:
     max_positions: int = 2048  # rows of the rotary tables: the longest document the model reads
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # HuggingFace's dictionary, see kernels/rotary.py
+    rope_scaling: dict[str, Any] | None = None  # HuggingFace's dictionary, see kernels/rotary_tables.py
     tied: bool = False  # the head is the embedding table
     stable_embedding: bool = False  # Open-Llama's LayerNorm right after the embedding
     init_std: float = 0.01
@@ -59,7 +59,9 @@ class ModelConfig:
         if not 0 <= self.init_std < math.inf:
             raise ValueError(f"init_std: got {self.init_std}, takes a finite number of at least 0")
         if self.rope_scaling is not None:
-            from openllama.kernels.rotary import check_rope_scaling  # here: settings are read without torch
+            from openllama.kernels.rotary_tables import (
+                check_rope_scaling,
+            )  # here: settings are read without torch
 
             check_rope_scaling(self.rope_scaling, "rope_scaling")
 

@@ -8,7 +8,7 @@ import torch
 
 from openllama import __version__
 from openllama.config import ModelConfig, from_dict
-from openllama.kernels.rotary import ROPE_KEYS, ROPE_OPTIONS, check_rope_scaling
+from openllama.kernels.rotary_tables import ROPE_KEYS, ROPE_OPTIONS, check_rope_scaling
 
 FOLDED = "stable_embedding_folded"  # in config.json: embed_tokens holds an embedding's norm too, for good
 MARK = "openllama_version"  # in config.json: this folder is an export of ours, which a newer one may replace

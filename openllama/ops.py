@@ -8,7 +8,8 @@ from openllama.kernels.grad_norm import grad_norm
 from openllama.kernels.linear_cross_entropy import linear_cross_entropy
 from openllama.kernels.matmul import matmul
 from openllama.kernels.rms_norm import rms_norm
-from openllama.kernels.rotary import rotary, rotary_pack, rotary_tables
+from openllama.kernels.rotary import rotary, rotary_pack
+from openllama.kernels.rotary_tables import rotary_tables
 from openllama.kernels.swiglu import swiglu, swiglu_backward_
 
 __all__ = [

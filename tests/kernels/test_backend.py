@@ -224,9 +224,9 @@ def test_environment_forces_what_cannot_run():
 # Every op forward and backward, by the folder's modules alone.
 ALL_OPS = """
 import json, sys, torch
-from {package} import adamw, attention, backend, cross_entropy, library, rms_norm, rotary, swiglu
+from {package} import adamw, attention, backend, cross_entropy, library, rms_norm, rotary, rotary_tables, swiglu
 x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-tables = rotary.rotary_tables(8, 16)
+tables = rotary_tables.rotary_tables(8, 16)
 h = rotary.rotary(x, *tables, torch.arange(4), 2)
 q, k, v = h.split([2, 2, 2], dim=1)
 h = attention.attention(q, k, v, torch.tensor([0, 1, 4], dtype=torch.int32), 3).reshape(4, 16)
