@@ -10,8 +10,8 @@ and wait between ops; here nothing is kept that is cheaper to make again, and we
 What a half keeps for backward, and what it makes again (bytes: of the 7b in bf16, a token and layer):
 
     recompute | both keep h and rstd | attention                        | MLP                           | KB
-    none      | norm(h)              | qkv after rotary, out and lse    | gate-up, act made again        | 109
-    norm      |                      | the same; norm(h) made again     | the same; norm(h) made again   |  93
+    none      | norm(h)              | qkv after rotary, out and lse    | gate-up, act                   | 132
+    norm      |                      | the same; norm(h) made again     | gate-up; both made again       |  93
     mlp       |                      | the same                         | nothing: one product more      |  49
     full      |                      | nothing: product and attention   | nothing                        |  16
 """
@@ -38,8 +38,9 @@ class Middle(Protocol):
 
     keeps: tuple[Recompute, ...]  # under these it stays; under others the half makes it again
 
-    def forward(self, inner: torch.Tensor, keep: bool) -> torch.Tensor:
-        """Of the input projection's output, which it may overwrite, (tokens, n): the output projection's input."""
+    def forward(self, inner: torch.Tensor, keep: Recompute | None) -> torch.Tensor:
+        """Of the input projection's output, which it may overwrite, (tokens, n): the output projection's input.
+        `keep`: what the table says of it stays for backward; None: nothing does."""
         ...
 
     def backward(self, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,12 +53,16 @@ class Swiglu:
 
     keeps: tuple[Recompute, ...] = ("none", "norm")
 
-    def forward(self, inner: torch.Tensor, keep: bool) -> torch.Tensor:
-        self.gate_up = inner if keep else None
-        return swiglu(inner)
+    def forward(self, inner: torch.Tensor, keep: Recompute | None) -> torch.Tensor:
+        with torch.set_grad_enabled(keep == "none"):
+            act = swiglu(inner.requires_grad_(keep == "none"))
+        self.gate_up, self.act = inner if keep else None, act if keep == "none" else None
+        return act.detach()
 
     def backward(self, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.gate_up is not None
+        if self.act is not None:
+            return self.act.detach(), torch.autograd.grad(self.act, self.gate_up, dout)[0]
         swiglu_backward_(dout, self.gate_up)
         return dout, self.gate_up
 
@@ -102,12 +107,12 @@ class Attention:
     def __init__(self, heads: Heads, sequences: Sequences, cache: torch.Tensor | None = None):
         self.heads, self.sequences, self.cache = heads, sequences, cache
 
-    def forward(self, inner: torch.Tensor, keep: bool) -> torch.Tensor:
+    def forward(self, inner: torch.Tensor, keep: Recompute | None) -> torch.Tensor:
         (heads, kv_heads, head_dim), s = self.heads, self.sequences
         qkv = inner.view(len(inner), heads + 2 * kv_heads, head_dim)
         rotary(qkv, s.cos, s.sin, s.positions, heads + kv_heads, inplace=True)
-        with torch.set_grad_enabled(keep):
-            qkv.requires_grad_(keep)
+        with torch.set_grad_enabled(keep is not None):
+            qkv.requires_grad_(keep is not None)
             shaped = qkv if s.dense_shape is None else qkv.view(*s.dense_shape, *qkv.shape[1:])
             q, k, v = shaped.split([heads, kv_heads, kv_heads], dim=-2)
             out = self._attend(q, k, v)
@@ -185,7 +190,7 @@ def _half(
     y, h, _ = rms_norm_forward(branch, norm, eps, residual, chosen)
     # lengths vary where nothing is learned: not worth to time products
     inner = _project(y, w_in, b_in, tune=False)
-    return matmul(middle.forward(inner, False), w_out.t(), tune=False), h
+    return matmul(middle.forward(inner, None), w_out.t(), tune=False), h
 
 
 class _Half(torch.autograd.Function):
@@ -193,7 +198,7 @@ class _Half(torch.autograd.Function):
     def forward(ctx: Any, middle, eps, settings, backend, count, branch, residual, norm, w_out, *inner):
         w_in, b_in = inner[:count], inner[count:]
         y, h, rstd = rms_norm_forward(branch, norm, eps, residual, backend)
-        keep = settings.recompute in middle.keeps
+        keep = settings.recompute if settings.recompute in middle.keeps else None
         out = matmul(middle.forward(_project(y, w_in, b_in), keep), w_out.t())
         ctx.middle, ctx.kept, ctx.eps, ctx.settings, ctx.backend = middle, keep, eps, settings, backend
         ctx.count = count
@@ -213,7 +218,7 @@ class _Half(torch.autograd.Function):
         need_in, need_bias = need_inner[: ctx.count], need_inner[ctx.count :]
         if not ctx.kept:
             y = rms_norm_forward(h, norm, ctx.eps, None, ctx.backend)[0] if y is None else y
-            middle.forward(_project(y, w_in, b_in), True)
+            middle.forward(_project(y, w_in, b_in), ctx.settings.recompute)
         dout, dh = (checks.rows(t, t.shape[-1]) for t in (dout, dh))
         out, dinner = middle.backward(matmul(dout, w_out))
         dw_out = linear_weight_gradient(w_out, dout, out, accumulate) if need_out else None

@@ -9,14 +9,13 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.training.work import Work
+from openllama.block import Recompute
 from openllama.config import ModelConfig
 from openllama.model import parameter_count
 from openllama.optim import AdamW, Masters, Moments
+from openllama.training.memory import activation_bytes, step_bytes
 
-RECOMPUTE = "norm"  # the model's default
-GRADIENT = 4  # bytes a parameter: micro-batches add up in fp32
-# Of the loss's chunks, workspaces of the matrix products, the largest single gradient, fragments.
-RESERVE = 4 * 2**30
+RECOMPUTE: Recompute = "norm"  # with which a form has to fit: rather that than a leaner form
 
 
 class Form(NamedTuple):
@@ -35,46 +34,18 @@ FORMS = (
 )
 
 
-def activation_bytes(
-    config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: str = RECOMPUTE
+def need(
+    config: ModelConfig, tokens: int, dtype: torch.dtype, form: Form, recompute: Recompute = RECOMPUTE
 ) -> float:
-    """What forward keeps for backward of a micro-batch of `tokens`, as openllama/block.py's table has it.
-
-    Elements a token and layer: a residual sum for each half (2 hidden), their norms' outputs (2 hidden), QKV and attention's
-    output, gate and up (2 intermediate). `recompute` says which of them are made again; the layer that backward is
-    at holds all of them.
-    """
-    c = config
-    sums, norms, gate_up = 2 * c.hidden, 2 * c.hidden, 2 * c.intermediate
-    attention = (2 * c.heads + 2 * c.kv_heads) * c.head_dim
-    kept = {
-        "none": sums + norms + attention + gate_up,
-        "norm": sums + attention + gate_up,
-        "mlp": sums + attention,
-        "full": sums,
-    }
-    if recompute not in kept:
-        raise ValueError(f"recompute: got {recompute!r}, takes one of {', '.join(kept)}")
-    return float((kept[recompute] * c.layers + kept["none"]) * tokens * dtype.itemsize)
-
-
-def bytes_a_parameter(form: Form, dtype: torch.dtype) -> float:
-    """Weight, masters, moments and gradient."""
+    """Bytes of a step with micro-batches of `tokens`."""
     weight = torch.nn.Parameter(torch.empty(2**20, dtype=dtype, device="meta"))
-    return AdamW([weight], moments=form.moments, masters=form.masters).state_bytes() + GRADIENT
+    each = AdamW([weight], moments=form.moments, masters=form.masters).state_bytes()
+    return step_bytes(parameter_count(config), each, activation_bytes(config, tokens, dtype, recompute))
 
 
-def step_bytes(
-    config: ModelConfig, tokens: int, dtype: torch.dtype, form: Form, recompute: str = RECOMPUTE
-) -> float:
-    """Of a step with micro-batches of `tokens`."""
-    states = parameter_count(config) * bytes_a_parameter(form, dtype)
-    return states + activation_bytes(config, tokens, dtype, recompute) + RESERVE
-
-
-def fitting(forms: tuple[Form, ...], free: float, need: Callable[[Form], float]) -> tuple[Form, ...]:
+def fitting(forms: tuple[Form, ...], free: float, needs: Callable[[Form], float]) -> tuple[Form, ...]:
     """The first form that fits into `free` bytes and those after it, for when the estimate was too low; the last at least."""
-    first = next((i for i, form in enumerate(forms) if need(form) <= free), len(forms) - 1)
+    first = next((i for i, form in enumerate(forms) if needs(form) <= free), len(forms) - 1)
     return forms[first:]
 
 
@@ -83,16 +54,7 @@ def largest_cut(config: ModelConfig, work: Work, dtype: torch.dtype, free: float
 
     def fits(layers: int) -> bool:
         cut = dataclasses.replace(config, layers=layers)
-        return step_bytes(cut, work.batch * work.seq, dtype, FORMS[-1]) <= free
+        return need(cut, work.batch * work.seq, dtype, FORMS[-1]) <= free
 
     layers = next((n for n in range(config.layers, 0, -1) if fits(n)), 1)
     return dataclasses.replace(config, layers=layers)
-
-
-def free_bytes(device: torch.device) -> float:
-    """What this process can have."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo") as lines:
-        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    return float(kib) * 1024

@@ -13,13 +13,14 @@ from openllama.config import ModelConfig
 from openllama.data.loader import Batch
 from openllama.model import Llama
 from openllama.optim import AdamW, decay_groups
+from openllama.training.memory import choose_recompute, free_bytes
 from openllama.training.micro_step import GraphedMicroStep, choose_micro_step
 from openllama.training.step import accumulate_gradients, train_step
 
 
 class Ours:
     """The model is set up as the trainer does it, for micro-batches of `tokens` tokens in sequences of `seq`. It differs from
-    that where `recompute`, `accumulate` or `graph` is not None: the one place that knows where each of them goes."""
+    that where `accumulate` is not None, or `recompute` or `graph` are asked for: the one place that knows where each goes."""
 
     def __init__(
         self,
@@ -36,8 +37,10 @@ class Ours:
             decay_groups(model, WEIGHT_DECAY), lr=LR, moments=form.moments, masters=form.masters
         )
         accumulate_gradients(model)
-        asked = {"recompute": recompute, "accumulate": accumulate}
-        model.settings = model.settings._replace(**{k: v for k, v in asked.items() if v is not None})
+        recompute = recompute or choose_recompute(model, self.optimizer, tokens)
+        model.settings = model.settings._replace(recompute=recompute)
+        if accumulate is not None:
+            model.settings = model.settings._replace(accumulate=accumulate)
         self.micro_step = choose_micro_step(model, tokens, seq, graph, world=1)
 
     def step(self, batches: Sequence[Batch]) -> torch.Tensor:
@@ -90,9 +93,7 @@ def forms(
         )
     tokens, kept = work.batch * work.seq, recompute or memory.RECOMPUTE
     return memory.fitting(
-        allowed,
-        memory.free_bytes(device),
-        lambda form: memory.step_bytes(config, tokens, dtype, form, kept),
+        allowed, free_bytes(device), lambda form: memory.need(config, tokens, dtype, form, kept)
     )
 
 

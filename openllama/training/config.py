@@ -55,7 +55,8 @@ class TrainConfig:
     masters: Literal["fp32", "remainder", "none"] = "fp32"
 
     # What backward makes again instead of keeping it (openllama/block.py): none, norm, mlp, full; lower memory to the right.
-    recompute: Recompute = "norm"
+    # null: the first that fits.
+    recompute: Recompute | None = None
     # Micro-batches as CUDA graphs; null: where it takes longer to launch their kernels than to run them. On one GPU.
     cuda_graph: bool | None = None
 

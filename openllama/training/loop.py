@@ -34,6 +34,7 @@ from openllama.training.checkpoint import check_shape
 from openllama.training.config import TrainConfig
 from openllama.training.faults import StopSignal
 from openllama.training.inputs import Split, check_inputs, packed_loader, token_caches
+from openllama.training.memory import choose_recompute
 from openllama.training.micro_step import GraphedMicroStep, choose_micro_step, drop_gradients
 from openllama.training.monitor import Monitor, read_metrics
 from openllama.training.ranks import TIMEOUT, Ranks
@@ -83,7 +84,8 @@ class Trainer:
         self.optimizer = AdamW(
             groups, c.lr, (c.beta1, c.beta2), c.eps, moments=c.moments, masters=c.masters, seed=c.seed
         )
-        self.model.settings = self.model.settings._replace(recompute=c.recompute)
+        recompute = c.recompute or choose_recompute(self.model, self.optimizer, c.batch * c.context)
+        self.model.settings = self.model.settings._replace(recompute=recompute)
         accumulate_gradients(self.model, self.ranks.world)
         self.micro_step = choose_micro_step(
             self.model, c.batch * c.context, c.context, c.cuda_graph, self.ranks.world
@@ -312,7 +314,7 @@ class Trainer:
             f"gradients add up in {sums}"
         )
         launches = "as CUDA graphs" if isinstance(self.micro_step, GraphedMicroStep) else "kernel by kernel"
-        say(f"micro-batches are launched {launches}; backward makes again: {c.recompute}")
+        say(f"micro-batches are launched {launches}; backward makes again: {self.model.settings.recompute}")
         flops = flops_per_token(shape, c.context)
         say(
             f"model {c.preset}: {sum(p.numel() for p in self.model.parameters()):,} parameters; "

@@ -106,7 +106,7 @@ def test_ours_is_set_up_as_in_training_but_for_what_is_asked():
             weights.our_model(preset("tiny"), CPU, torch.bfloat16), 64, 64, **asked
         ).settings_words
 
-    assert settings() == "recompute norm, accumulate True, graph False, moments fp32, masters fp32"
+    assert settings() == "recompute none, accumulate True, graph False, moments fp32, masters fp32"
     assert settings(recompute="mlp", accumulate=False).startswith(
         "recompute mlp, accumulate False, graph False"
     )
@@ -159,27 +159,10 @@ def test_out_of_memory_takes_the_next_leaner_form(monkeypatch):
     ],
 )
 def test_the_first_form_that_fits(batch, gib, form, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: gib * 2**30)
+    monkeypatch.setattr(ours, "free_bytes", lambda device: gib * 2**30)
     work = Work("7b", batch, 1024)
     forms = ours.forms(work, work.config, CPU, torch.bfloat16, "auto", "auto", None)
     assert forms == memory.FORMS[memory.FORMS.index(form) :]
-
-
-def test_activations_follow_the_blocks_table():
-    """Bytes a token and layer of the 7b, see openllama/block.py; one layer more is at work."""
-    config = preset("7b")
-    one = {
-        r: memory.activation_bytes(config, 1, torch.bfloat16, r) / 1e3
-        for r in ("none", "norm", "mlp", "full")
-    }
-    assert {r: round((b - 109.568) / 32) for r, b in one.items()} == {
-        "none": 110,
-        "norm": 93,
-        "mlp": 49,
-        "full": 16,
-    }
-    with pytest.raises(ValueError, match="recompute: got 'some'"):
-        memory.activation_bytes(config, 1, torch.bfloat16, "some")
 
 
 def test_forms_that_are_asked_for():
@@ -194,7 +177,7 @@ def test_the_largest_cut_of_a_model():
     work = Work("33b", 2, 1024, fit_layers=True)
     cut = memory.largest_cut(work.config, work, torch.bfloat16, 139 * 2**30)
     need = [
-        memory.step_bytes(dataclasses.replace(cut, layers=n), 2048, torch.bfloat16, memory.FORMS[-1]) / 2**30
+        memory.need(dataclasses.replace(cut, layers=n), 2048, torch.bfloat16, memory.FORMS[-1]) / 2**30
         for n in (cut.layers, cut.layers + 1)
     ]
     assert need[0] <= 139 < need[1] and cut.layers < 60

@@ -213,12 +213,17 @@ from openllama import block
 from openllama.hf import patch, unpatch
 
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-ids = torch.randint(3, 101, (2, 30), generator=torch.Generator().manual_seed(0))
+device, rank = sys.argv[1], int(os.environ["RANK"])
+if device == "cuda":
+    torch.cuda.set_device(rank)
+dist.init_process_group("nccl" if device == "cuda" else "gloo")
+ids = torch.randint(3, 101, (2, 30), generator=torch.Generator().manual_seed(0)).to(device)
 one = ids[rank : rank + 1]
 ran, half = [], block.half
 block.half = lambda middle, *args: ran.append(middle) or half(middle, *args)
+
+def new():
+    return make("qwen2").to(device)
 
 def shard(model, **policy):
     for layer in model.model.layers:
@@ -228,12 +233,12 @@ def shard(model, **policy):
 def full(gradients):
     return {k.removeprefix("module."): g.full_tensor() if isinstance(g, DTensor) else g for k, g in gradients.items()}
 
-wanted = full(loss_and_gradients(make("qwen2"), input_ids=ids, labels=ids)[1])
+wanted = full(loss_and_gradients(new(), input_ids=ids, labels=ids)[1])
 for name, model in {
-    "ddp": DistributedDataParallel(patch(make("qwen2"))),
-    "patched inside ddp": patch(DistributedDataParallel(make("qwen2"))),
-    "fsdp2": shard(patch(make("qwen2"))),
-    "patched after fsdp2": patch(shard(make("qwen2"))),
+    "ddp": DistributedDataParallel(patch(new())),
+    "patched inside ddp": patch(DistributedDataParallel(new())),
+    "fsdp2": shard(patch(new())),
+    "patched after fsdp2": patch(shard(new())),
 }.items():
     ran.clear()
     got = full(loss_and_gradients(model, input_ids=one, labels=one)[1])
@@ -250,7 +255,7 @@ for name, model in {
 half_precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 ran.clear()
 theirs, ours = (loss_and_gradients(shard(m, mp_policy=half_precision), input_ids=one, labels=one)
-                for m in (make("qwen2"), patch(make("qwen2"))))
+                for m in (new(), patch(new())))
 assert len(ran) == 4
 theirs, ours = full(theirs[1]), full(ours[1])
 for k in wanted:
@@ -261,7 +266,20 @@ print("all the same")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo by torchrun")
-def test_ddp_and_fsdp2(tmp_path):
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+            ],
+        ),
+    ],
+)
+def test_ddp_and_fsdp2(device, tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     root = Path(__file__).resolve().parents[2]
     command = [
@@ -272,6 +290,7 @@ def test_ddp_and_fsdp2(tmp_path):
         "--nproc-per-node",
         "2",
         "run.py",
+        device,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
