@@ -48,7 +48,7 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "initializer_range": c.init_std,
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
-        "rope_scaling": c.rope_scaling,
+        "rope_scaling": c.rope_scaling and dict(c.rope_scaling),  # transformers writes into it
         "rope_parameters": {"rope_type": "default", **(c.rope_scaling or {}), "rope_theta": c.rope_theta},
         "tie_word_embeddings": c.tied and not c.stable_embedding,
         "attention_bias": False,

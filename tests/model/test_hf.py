@@ -222,6 +222,13 @@ def test_original_context_of_a_scaling():
         assert config.rope_parameters["original_max_position_embeddings"] == expected
 
 
+def test_transformers_may_write_into_what_it_is_given():
+    """Its config takes rope_theta into the rope_scaling that it is handed."""
+    config = ModelConfig(**BASE, rope_scaling=dict(LLAMA3))
+    LlamaConfig(**hf.config_to_hf(config, torch.float32)).standardize_rope_params()
+    assert config.rope_scaling == LLAMA3
+
+
 def test_config_is_what_transformers_reads(kind, tmp_path):
     config = ModelConfig(**(BASE | kind))
     (tmp_path / "config.json").write_text(json.dumps(hf.config_to_hf(config, torch.bfloat16)))

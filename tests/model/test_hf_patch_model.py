@@ -205,6 +205,7 @@ def test_a_forward_replaced_on_the_instance():
 SCRIPT = """
 import copy, os, sys, torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -226,9 +227,10 @@ def new():
     return make("qwen2").to(device)
 
 def shard(model, **policy):
+    mesh = init_device_mesh(device, (2,))  # by itself it takes GPUs, where there are some
     for layer in model.model.layers:
-        fully_shard(layer, **policy)
-    return fully_shard(model, **policy)
+        fully_shard(layer, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
 
 def full(gradients):
     return {k.removeprefix("module."): g.full_tensor() if isinstance(g, DTensor) else g for k, g in gradients.items()}
