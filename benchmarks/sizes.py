@@ -18,7 +18,7 @@ SIZES = ("7b", "13b", "33b", "65b")
 
 def measure(asked: work.Work) -> runner.Row:
     """One size's row."""
-    (row,) = runner.run([sides.ours()], asked, bench="sizes")
+    ((row,),) = runner.run([sides.ours()], asked, bench="sizes")
     row["rate_x_billions"] = None if row["error"] else row["rate"] * row["parameters"] / 1e9
     return row
 
@@ -41,9 +41,12 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=list(SIZES), choices=list(PRESETS))
     args = parser.parse_args()
     asked = [work.from_arguments(args, preset=name, fit_layers=True) for name in args.presets]
-    rows = [measure(one) for one in asked]
+    rows, path = [], None
+    for one in asked:
+        rows.append(measure(one))
+        path = runner.store(f"sizes-b{args.batch}-s{args.seq}", rows)
     print("\n" + "\n".join(map(line, rows)))
-    print(f"stored in {runner.store(f'sizes-b{args.batch}-s{args.seq}', rows)}")
+    print(f"stored in {path}")
 
 
 if __name__ == "__main__":

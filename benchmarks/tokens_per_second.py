@@ -47,10 +47,12 @@ def main() -> None:
     peers = sides.chosen(args.peers, runner.on_gpu())
     graph = None if args.graph is None else args.graph == "on"
     ours = sides.ours(args.moments, args.masters, recompute=args.recompute, graph=graph)
-    rows = runner.run([ours, *peers], asked)
+    rows, path = [], None
+    for rows in runner.run([ours, *peers], asked):
+        path = runner.store(f"tokens-per-second-{asked.suffix}", rows)
     print(f"\n{', '.join(f'{key} {value}' for key, value in asked.shape.items())}\n{runner.table(rows)}")
     print(runner.formula(asked, rows))
-    print(f"stored in {runner.store(f'tokens-per-second-{asked.suffix}', rows)}")
+    print(f"stored in {path}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,11 @@ EMPTY: Row = {
 
 def run(
     sides: Sequence[Side], work: Work, bench: str = "train_step", command: Sequence[str] = SIDE
-) -> list[Row]:
-    """A row for each side, in order; one that failed has only its `error`. The first side is what others are held to:
-    their first loss must be its own, and `ratio` is its rate over theirs."""
-    rows = []
+) -> Iterator[list[Row]]:
+    """After each side the rows so far, so that a run which is cut short keeps what it has. One that failed has only its
+    `error`. The first side is what others are held to: their first loss must be its own, and `ratio` is its rate over
+    theirs."""
+    rows: list[Row] = []
     for number, side in enumerate(sides, 1):
         print(f"[{number}/{len(sides)}] {side.impl}", flush=True)
         answer = ask(side, work, command)
@@ -47,8 +48,8 @@ def run(
         row.pop("device", None)
         rows.append(row)
         print(f"    {summary(row)}", flush=True)
-    hold_to(rows[0], rows)
-    return rows
+        hold_to(rows[0], rows)
+        yield rows
 
 
 def ask(side: Side, work: Work, command: Sequence[str] = SIDE) -> Row:
@@ -126,7 +127,7 @@ def formula(work: Work, rows: Sequence[Row]) -> str:
 
 
 def store(name: str, rows: list[Row]) -> Path:
-    """Only here, when all sides are done, is the card asked for its name."""
+    """Only here, while no side runs, is the card asked for its name."""
     return results.write(name, rows, torch.device("cuda" if on_gpu() else "cpu"))
 
 

@@ -24,7 +24,7 @@ KEYS = {
 def test_sides_run_in_processes_of_their_own_and_one_that_fails_stops_nobody(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     broken = sides.Side("hf:broken", "hf", {"attention": "nonsense"})
-    rows = runner.run([sides.ours(), broken, sides.PEERS["hf:sdpa"]], WORK)
+    *_, rows = runner.run([sides.ours(), broken, sides.PEERS["hf:sdpa"]], WORK)
     mine, failed, theirs = rows
     assert all(row.keys() == KEYS for row in rows), rows
     assert [row["impl"] for row in rows] == ["ours", "hf:broken", "hf:sdpa"]
@@ -59,7 +59,7 @@ def test_sides_run_in_processes_of_their_own_and_one_that_fails_stops_nobody(mon
     ],
 )
 def test_a_process_that_dies_is_an_error_row(script, error):
-    (row,) = runner.run([sides.ours()], WORK, command=(sys.executable, "-c", script))
+    ((row,),) = runner.run([sides.ours()], WORK, command=(sys.executable, "-c", script))
     assert row.keys() == KEYS and row["error"] == error and row["ms"] is None
 
 
@@ -276,8 +276,8 @@ def test_parts_of_a_step_and_its_idle_time():
 
 def test_the_ladders_rungs(monkeypatch):
     assert [rung.impl for rung in ladder.RUNGS] == [
-        "HF eager + PyTorch Adam + padding mask", "+ fused attention", "+ fused optimizer", "our ops", "fused block",
-        "accumulation in the GEMM", "CUDA graph",
+        "HF eager + PyTorch Adam + padding mask", "+ fused attention", "+ fused optimizer", "our ops",
+        "fused block, fp32 gradients and masters", "accumulation in the GEMM", "CUDA graph",
     ]  # fmt: skip
     answers = {
         rung.impl: {"rate": 100.0 * n, "dtype": "bfloat16", "losses": [10.0, 9.0], "ms": 1.0, "peak_gib": 1.0}
@@ -285,7 +285,7 @@ def test_the_ladders_rungs(monkeypatch):
     }
     answers["our ops"] = {"error": "not installed"}
     monkeypatch.setattr(runner, "ask", lambda rung, work, command: answers[rung.impl])
-    rows = ladder.climb(WORK)
+    *_, rows = ladder.climb(WORK)
     assert [row["speedup"] for row in rows] == pytest.approx([1, 2, 3, None, 5, 6, 7])
     assert {row["bench"] for row in rows} == {"ladder"} and {row["ratio"] for row in rows} == {None}
     assert "not installed" in ladder.table(rows) and "7.00x" in ladder.table(rows)
@@ -310,19 +310,22 @@ def test_sizes_are_whole_or_say_their_layers(monkeypatch):
     assert "layers" not in whole["shape"]
 
 
-def test_the_command_stores_under_its_shape(monkeypatch, capsys):
-    seen = {}
+def test_the_command_stores_under_its_shape_what_it_has(monkeypatch, capsys):
+    seen, stored = {}, []
 
     def run(asked, work):
         seen.update(sides=asked, work=work)
-        return [{"bench": "train_step", "impl": one.impl, **runner.EMPTY, "error": "none"} for one in asked]
+        rows = [{"bench": "train_step", "impl": one.impl, **runner.EMPTY, "error": "none"} for one in asked]
+        yield rows[:1]
+        yield rows
 
     monkeypatch.setattr(runner, "run", run)
-    monkeypatch.setattr(runner, "store", lambda name, rows: name)
+    monkeypatch.setattr(runner, "store", lambda name, rows: stored.append(len(rows)) or name)
     words = "--preset 7b --layers 2 --batch 2 --accumulation 12 --peers hf:sdpa --moments bf16 --masters none --parts"
     monkeypatch.setattr(sys, "argv", ["tokens_per_second", *words.split()])
     tokens_per_second.main()
     assert "stored in tokens-per-second-7b-b2-s1024-l2\n" in capsys.readouterr().out
+    assert stored == [1, 2]  # after each side
     assert seen["work"] == Work("7b", 2, 1024, 12, layers=2, parts=True)
     mine, theirs = seen["sides"]
     assert (mine.settings["moments"], mine.settings["masters"], theirs) == (
