@@ -79,7 +79,8 @@ def has_parts(runs: Iterable[Run]) -> bool:
 
 
 def parts(runs: Iterable[Run]) -> Any:
-    """A figure: where the time of a step goes, a stacked bar for each side that says so."""
+    """A figure: where the time of a step goes, a stacked bar for each side that says so, as wide as its share of the step
+    of the slowest side of its run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,18 +88,28 @@ def parts(runs: Iterable[Run]) -> Any:
 
     bars = [(run, row) for run in ordered(runs) for row in run["rows"] if row.get("parts")][:MOST_BARS]
     names = list(dict.fromkeys(name for _, row in bars for name in row["parts"]))
-    longest = max(sum(row["parts"].values()) for _, row in bars)
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.32 * len(bars)), constrained_layout=True)
+    steps = [sum(row["parts"].values()) for _, row in bars]
+    slowest = [max(s for s, (other, _) in zip(steps, bars) if other is run) for run, _ in bars]
+    runs_before = [len({id(run) for run, _ in bars[: i + 1]}) - 1 for i in range(len(bars))]
+    places = [i + 0.5 * n for i, n in enumerate(runs_before)]  # a gap before each run
+    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.32 * places[-1]), constrained_layout=True)
     left = [0.0] * len(bars)
     for index, name in enumerate(names):
-        values = [row["parts"].get(name, 0.0) for _, row in bars]
-        drawn = axes.barh(range(len(bars)), values, left=left, label=name, color=plt.cm.tab20(index % 20))
-        texts = [f"{v:,.0f}" if v > 0.05 * longest else "" for v in values]  # where there is room for it
+        ms = [row["parts"].get(name, 0.0) for _, row in bars]
+        shares = [m / s for m, s in zip(ms, slowest)]
+        drawn = axes.barh(places, shares, left=left, label=name, color=plt.cm.tab20(index % 20))
+        texts = [
+            f"{m:,.0f}" if share > 0.05 else "" for m, share in zip(ms, shares)
+        ]  # where there is room for it
         axes.bar_label(drawn, texts, label_type="center", fontsize=8)
-        left = [a + b for a, b in zip(left, values)]
-    axes.set_yticks(range(len(bars)), [f"{short_title(run)}: {row['impl']}" for run, row in bars], fontsize=8)
-    axes.set(ylim=(len(bars) - 0.4, -0.6))
-    axes.set_xlabel("ms of an optimizer step", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
+        left = [a + b for a, b in zip(left, shares)]
+    axes.set_yticks(places, [f"{short_title(run)}: {row['impl']}" for run, row in bars], fontsize=8)
+    axes.set(ylim=(places[-1] + 0.6, -0.6), xticks=[])
+    for place, end, step in zip(places, left, steps):
+        axes.text(end + 0.01, place, f"{step:,.0f} ms", va="center", fontsize=8)
+    axes.set_xlabel(
+        "ms of an optimizer step; each shape's slowest side is as wide as the picture", fontsize=9
+    )
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(6, len(names)), frameon=False, fontsize=8)
     return figure

@@ -43,18 +43,18 @@ def need(
     return step_bytes(parameter_count(config), each, activation_bytes(config, tokens, dtype, recompute))
 
 
-def fitting(forms: tuple[Form, ...], free: float, needs: Callable[[Form], float]) -> tuple[Form, ...]:
-    """The first form that fits into `free` bytes and those after it, for when the estimate was too low; the last at least."""
-    first = next((i for i, form in enumerate(forms) if needs(form) <= free), len(forms) - 1)
+def fitting(forms: tuple[Form, ...], usable: float, needs: Callable[[Form], float]) -> tuple[Form, ...]:
+    """The first form that fits into `usable` bytes and those after it, for when the estimate was too low; the last at least."""
+    first = next((i for i, form in enumerate(forms) if needs(form) <= usable), len(forms) - 1)
     return forms[first:]
 
 
-def largest_cut(config: ModelConfig, work: Work, dtype: torch.dtype, free: float) -> ModelConfig:
-    """The model with as many of its layers, at least one, as fit into `free` bytes in the leanest form."""
+def largest_cut(config: ModelConfig, work: Work, dtype: torch.dtype, usable: float) -> ModelConfig:
+    """The model with as many of its layers, at least one, as fit into `usable` bytes in the leanest form."""
 
     def fits(layers: int) -> bool:
         cut = dataclasses.replace(config, layers=layers)
-        return need(cut, work.batch * work.seq, dtype, FORMS[-1]) <= free
+        return need(cut, work.batch * work.seq, dtype, FORMS[-1]) <= usable
 
     layers = next((n for n in range(config.layers, 0, -1) if fits(n)), 1)
     return dataclasses.replace(config, layers=layers)

@@ -13,7 +13,7 @@ from openllama.config import ModelConfig
 from openllama.data.loader import Batch
 from openllama.model import Llama
 from openllama.optim import AdamW, decay_groups
-from openllama.training.memory import choose_recompute, free_bytes
+from openllama.training.memory import choose_recompute, usable_bytes
 from openllama.training.micro_step import GraphedMicroStep, choose_micro_step
 from openllama.training.step import accumulate_gradients, train_step
 
@@ -93,7 +93,7 @@ def forms(
         )
     tokens, kept = work.batch * work.seq, recompute or memory.RECOMPUTE
     return memory.fitting(
-        allowed, free_bytes(device), lambda form: memory.need(config, tokens, dtype, form, kept)
+        allowed, usable_bytes(device), lambda form: memory.need(config, tokens, dtype, form, kept)
     )
 
 

@@ -28,7 +28,7 @@ from openllama.config import ModelConfig
 from openllama.data.loader import Batch
 from openllama.files import write_json
 from openllama.model import flops_per_token
-from openllama.training.memory import free_bytes
+from openllama.training.memory import usable_bytes
 
 OUT_OF_MEMORY = "out of memory"  # torch's own messages go on for a paragraph
 
@@ -38,7 +38,7 @@ def measure(side: Side, work: Work, device: torch.device) -> dict[str, Any]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = work.config
     if work.fit_layers:
-        config = memory.largest_cut(config, work, dtype, free_bytes(device))
+        config = memory.largest_cut(config, work, dtype, usable_bytes(device))
         work = dataclasses.replace(work, layers=config.layers)
     builders = _builders(side, work, config, device, dtype)
     for i, builder in enumerate(builders):

@@ -13,8 +13,7 @@ from openllama.model import Llama
 from openllama.optim import AdamW
 
 GRADIENT = 4  # bytes a parameter: micro-batches add up in fp32
-# Of the loss's chunks, workspaces of the matrix products, the largest single gradient.
-RESERVE = 4 * 2**30
+RESERVE = 2**30  # beside what is counted; that alone meets the peaks of steps on an H200 to 0.5 GiB
 USABLE = 0.95  # of what is free: the rest is lost between pieces
 
 
@@ -54,19 +53,19 @@ def choose_recompute(model: Llama, optimizer: AdamW, tokens: int) -> Recompute:
     where none does. To be asked before the first step: of all that a step holds, weights alone are there."""
     weight = model.embed.weight
     parameters = list(model.parameters())
-    free = USABLE * free_bytes(weight.device) + sum(p.nbytes for p in parameters)
+    usable = usable_bytes(weight.device) + sum(p.nbytes for p in parameters)
     count, each = sum(p.numel() for p in parameters), optimizer.state_bytes()
     choices: tuple[Recompute, ...] = get_args(Recompute)
     for recompute in choices:
         activations = activation_bytes(model.config, tokens, weight.dtype, recompute)
-        if step_bytes(count, each, activations) <= free:
+        if step_bytes(count, each, activations) <= usable:
             return recompute
     return choices[-1]
 
 
-def free_bytes(device: torch.device) -> float:
-    """What this process can have beside what it has."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + kept)
-    return float(psutil.virtual_memory().available)
+def usable_bytes(device: torch.device) -> float:
+    """What tensors of this process can have beside what they have."""
+    if device.type != "cuda":
+        return USABLE * psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return USABLE * (torch.cuda.mem_get_info(device)[0] + kept)

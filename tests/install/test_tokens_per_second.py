@@ -150,7 +150,7 @@ def test_out_of_memory_takes_the_next_leaner_form(monkeypatch):
 
 @pytest.mark.parametrize(
     "batch, gib, form",
-    [  # 7b: 14 + 4, 12 + 4, 8 + 4 or 6.03 + 4 bytes a parameter, 4 GiB in reserve, 6 GB of activations at batch 2
+    [  # 7b: 14 + 4, 12 + 4, 8 + 4 or 6.03 + 4 bytes a parameter, 1 GiB in reserve, 6 GB of activations at batch 2
         (2, 139, ("fp32", "fp32")),
         (8, 139, ("fp32", "remainder")),
         (2, 94, ("bf16", "remainder")),
@@ -159,7 +159,7 @@ def test_out_of_memory_takes_the_next_leaner_form(monkeypatch):
     ],
 )
 def test_the_first_form_that_fits(batch, gib, form, monkeypatch):
-    monkeypatch.setattr(ours, "free_bytes", lambda device: gib * 2**30)
+    monkeypatch.setattr(ours, "usable_bytes", lambda device: gib * 2**30)
     work = Work("7b", batch, 1024)
     forms = ours.forms(work, work.config, CPU, torch.bfloat16, "auto", "auto", None)
     assert forms == memory.FORMS[memory.FORMS.index(form) :]
