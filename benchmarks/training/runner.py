@@ -26,6 +26,7 @@ from openllama.model import flops_per_token
 Row = dict[str, Any]
 
 SIDE = (sys.executable, "-m", "benchmarks.training.side")
+LIMIT = 1800  # seconds that a side may take: one that hangs must not keep the others from their turn
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # of the first loss, relative to the reference's
 EMPTY: Row = {
     "optimizer": "", "settings": "", "dtype": None, "ms": None, "rate": None, "unit": "tokens/s", "model_tflops": None,
@@ -53,11 +54,16 @@ def run(
 
 
 def ask(side: Side, work: Work, command: Sequence[str] = SIDE) -> Row:
-    """What the side's process measured, or its error: also where it died without a word."""
+    """What the side's process measured, or its error: also where it died without a word, or hangs."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "side.json"
         words = ["--side", json.dumps(side._asdict()), "--work", json.dumps(dataclasses.asdict(work))]
-        code = subprocess.run([*command, *words, "--out", str(out)], cwd=results.ROOT).returncode
+        try:
+            code = subprocess.run(
+                [*command, *words, "--out", str(out)], cwd=results.ROOT, timeout=LIMIT
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {"error": f"TimeoutError: not done after {LIMIT:,} s"}
         if out.is_file():
             return read_json(out)
     how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

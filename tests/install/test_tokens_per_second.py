@@ -63,6 +63,14 @@ def test_a_process_that_dies_is_an_error_row(script, error):
     assert row.keys() == KEYS and row["error"] == error and row["ms"] is None
 
 
+def test_a_process_that_hangs_is_an_error_row(monkeypatch):
+    monkeypatch.setattr(runner, "LIMIT", 0.2)
+    ((row,),) = runner.run(
+        [sides.ours()], WORK, command=(sys.executable, "-c", "import time; time.sleep(100)")
+    )
+    assert row["error"] == "TimeoutError: not done after 0.2 s"
+
+
 def test_every_side_starts_from_the_same_loss():
     asked = (sides.ours(), sides.PEERS["ours:bf16-states"], sides.PEERS["hf:eager"])
     mine, *others = (side.measure(one, WORK, CPU) for one in asked)
