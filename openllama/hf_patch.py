@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
@@ -84,7 +85,7 @@ def unpatch(model: AnyModule) -> AnyModule:
 
 
 def _check_version(untried: bool) -> None:
-    from transformers import __version__ as found  # the model's own, so it is there
+    found = version("transformers")
 
     if found not in TRIED and not untried:
         raise ValueError(
