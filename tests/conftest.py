@@ -1,8 +1,14 @@
 """What every test needs: the `gpu` mark skips where there is no GPU, and parallel workers share the cores."""
 
 import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+TRAIN = Path(__file__).resolve().parents[1] / "train"
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,3 +34,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """Runs train/NAME.py with arguments in this process: a new one takes seconds to import torch."""
+
+    def run(name, *arguments):
+        command = [str(TRAIN / f"{name}.py"), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(command[0], run_name="__main__")
+        code, (out, errors) = ended.value.code, capfd.readouterr()
+        if isinstance(code, str):  # which Python would print
+            code, errors = 1, f"{errors}{code}\n"
+        return subprocess.CompletedProcess(command, code, out, errors)
+
+    return run

@@ -1,7 +1,5 @@
 """A Chinese vocabulary for a tokenizer of Python source, the model that goes with it, and train/merge_tokenizer.py."""
 
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from openllama.tokenizer import Tokenizer
 
 from .models import make
 
-ROOT = Path(__file__).resolve().parents[2]
 CHINESE = """\
 春天来了，山上的雪慢慢地化成了水，流到山下的小河里。河边的树长出了新的叶子，鸟儿也从南方飞了回来。
 村里的人们开始在田里工作，他们种下水稻和蔬菜，希望今年有一个好的收成。孩子们放学以后在河边玩，老人们坐在门前晒太阳。
@@ -262,20 +259,21 @@ def test_errors_of_the_model(base, merged, files, tmp_path):
 
 
 @pytest.fixture
-def run(files, tmp_path):
+def run(files, tmp_path, monkeypatch, script):
     """The script on the files above, in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
     save_model(make(vocab_size=1000), tmp_path / "checkpoints/step-00000010", files / "base.model")
 
     def run(**options):
         given = {"base": files / "base.model", "add": files / "zh.model", "out": "m.model"} | options
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-        command = [sys.executable, ROOT / "train/merge_tokenizer.py", *flags]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return script(
+            "merge_tokenizer", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())
+        )
 
     return run
 
 
-def test_script(run, tmp_path):
+def test_script(run, script, tmp_path):
     (tmp_path / "zh.txt").write_text(CHINESE, encoding="utf-8")
     done = run(checkpoint="checkpoints", out_model="mine", text="zh.txt")
     assert done.returncode == 0, done.stderr
@@ -288,9 +286,8 @@ def test_script(run, tmp_path):
         assert words in done.stdout, done.stdout
     path = load_model(tmp_path / "mine")[1]
     assert path is not None and path.read_bytes() == (tmp_path / "m.model").read_bytes()
-    command = [sys.executable, ROOT / "train/generate.py", "--checkpoint", tmp_path / "mine"]
-    command += ["--prompt", "中文", "--max-new-tokens", "5", "--device", "cpu"]
-    written = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    asked = ("--checkpoint", "mine", "--prompt", "中文", "--max-new-tokens", "5", "--device", "cpu")
+    written = script("generate", *asked)
     assert written.returncode == 0 and written.stdout.startswith("中文"), written.stderr
 
 

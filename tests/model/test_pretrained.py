@@ -1,5 +1,6 @@
 """Model folders, the commands that work on them, and train/generate.py."""
 
+import os
 import re
 import subprocess
 import sys
@@ -130,51 +131,41 @@ def test_summary_command(capsys, tmp_path):
     assert "got '7bb'; did you mean '7b'?" in capsys.readouterr().err
 
 
-def test_generate_script(run_folder):
-    command = [
-        sys.executable,
-        ROOT / "train/generate.py",
-        "--checkpoint",
-        run_folder,
-        "--max-new-tokens",
-        "5",
-    ]
-    command += ["--prompt", "def f", "--prompt", " x", "--device", "cpu"]
-    first, again = (subprocess.run(command, capture_output=True, text=True, timeout=60) for _ in range(2))
-    assert first.returncode == 0, first.stderr
+def test_generate_script(run_folder, script):
+    """Here as in a process of its own."""
+    asked = ["--checkpoint", run_folder, "--max-new-tokens", "5", "--prompt", "def f", "--prompt", " x"]
+    asked += ["--device", "cpu"]
+    first, command = script("generate", *asked), [sys.executable, ROOT / "train/generate.py", *asked]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
     assert first.stdout == again.stdout and "--- sample 2\n x" in first.stdout and "def f" in first.stdout
-    assert "tokens/s on cpu" in first.stderr
-    command[3] = run_folder / "none"
-    failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (
-        failed.returncode == 1
-        and "none: no such folder" in failed.stderr
-        and "Traceback" not in failed.stderr
-    )
-    command[3], command[-1] = run_folder, "cuda:99"
-    failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "tokens/s on cpu" in first.stderr and "tokens/s on cpu" in again.stderr
+    asked[1] = run_folder / "none"
+    failed = script("generate", *asked)
+    assert failed.returncode == 1 and "none: no such folder" in failed.stderr
+    assert failed.stderr.startswith("error: ")
+    asked[1], asked[-1] = run_folder, "cuda:99"
+    failed = script("generate", *asked)
     assert failed.returncode == 1 and failed.stderr.startswith("error: --device: got 'cuda:99', takes cpu")
 
 
-def test_generate_script_with_one_prompt(run_folder):
+def test_generate_script_with_one_prompt(run_folder, script):
     """Its text comes in pieces, and ends at a stop string."""
-    command = [sys.executable, ROOT / "train/generate.py", "--checkpoint", run_folder, "--device", "cpu"]
-    command += ["--max-new-tokens", "40", "--prompt", "def f"]
-    whole = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    asked = ["--checkpoint", run_folder, "--device", "cpu", "--max-new-tokens", "40", "--prompt", "def f"]
+    whole = script("generate", *asked)
     assert whole.returncode == 0, whole.stderr
     text = whole.stdout.removeprefix("def f").removesuffix("\n")
     assert re.fullmatch(
         r"\[(3\d|40) tokens, the first after \d+\.\d\d s, then \d+\.\d tokens/s on cpu\]\n", whole.stderr
     )
     stop = next(text[i : i + 2] for i in range(len(text) // 2, len(text)) if text[i].isalpha())
-    ended = subprocess.run(
-        [*command, "--stop", "no such text", "--stop", stop], capture_output=True, text=True, timeout=60
-    )
+    ended = script("generate", *asked, "--stop", "no such text", "--stop", stop)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f"def f{text[: text.index(stop)]}\n" and ended.stdout != whole.stdout
-    none = subprocess.run([*command, "--max-new-tokens", "0"], capture_output=True, text=True, timeout=60)
+    none = script("generate", *asked, "--max-new-tokens", "0")
     assert none.stdout == "def f\n" and none.stderr.startswith("[0 tokens, ")
-    wrong = subprocess.run([*command, "--stop", ""], capture_output=True, text=True, timeout=60)
+    wrong = script("generate", *asked, "--stop", "")
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr.startswith("error: stop: got ['']")
 

@@ -1,9 +1,6 @@
 """train/inspect_data.py shows what training sees."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -12,20 +9,23 @@ from openllama.data.loader import PackedLoader
 from openllama.data.shards import ShardWriter
 from openllama.training.loop import Trainer
 
-ROOT = Path(__file__).resolve().parents[2]
+
+@pytest.fixture
+def inspect(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(config, *arguments):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(vars(config)))
+        return script("inspect_data", "--config", path, *arguments)
+
+    return run
 
 
-def inspect(config, folder, *arguments):
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(vars(config)))
-    command = [sys.executable, ROOT / "train/inspect_data.py", "--config", path, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env={"COLUMNS": "200"})
-
-
-def test_packs_are_shown_as_the_run_takes_them(settings, corpus, tmp_path):
+def test_packs_are_shown_as_the_run_takes_them(inspect, settings, corpus, tmp_path):
     shards = {"web": str(corpus / "train"), "books": str(corpus / "valid")}
     config = settings(shards=shards, mix={"books": 2.0}, steps=1)
-    done = inspect(config, tmp_path, "--packs", "4")
+    done = inspect(config, "--packs", "4")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"tokenising into {tmp_path}/run/tokens what is not there yet")
     trainer = Trainer(config)  # opens the same token cache
@@ -44,20 +44,20 @@ def test_packs_are_shown_as_the_run_takes_them(settings, corpus, tmp_path):
         assert trainer.tokenizer.decode(ids).strip()[:40] in " ".join(text.split())
 
 
-def test_names_and_texts_are_shown_as_they_are(settings, tmp_path):
+def test_names_and_texts_are_shown_as_they_are(inspect, settings, tmp_path):
     """To rich, these are markup and emoji."""
     text = "[x] a[bold] :smile: [/x]\tb" + " and so on" * 30 + "\n\n  end"
     with ShardWriter(tmp_path / "shards", {}) as writer:
         writer.write({"text": text, "meta": {"category": "[/x] :smile:"}})
     config = settings(shards=str(tmp_path / "shards"), context=1000, model={"vocab_size": 320})
-    done = inspect(config, tmp_path, "--characters", "1000")
+    done = inspect(config, "--characters", "1000")
     assert done.returncode == 0, done.stderr
     assert "── document 0 of [/x] :smile:, whole of its " in done.stdout
     assert f"\n{text}\n" in done.stdout
 
 
 @pytest.mark.parametrize("name, got, least", [("packs", -1, 1), ("epoch", -1, 0), ("characters", 0, 1)])
-def test_arguments_are_checked_before_any_work(settings, tmp_path, name, got, least):
-    done = inspect(settings(), tmp_path, f"--{name}", str(got))
+def test_arguments_are_checked_before_any_work(inspect, settings, name, got, least):
+    done = inspect(settings(), f"--{name}", str(got))
     message = f"error: --{name}: got {got}, takes a whole number of at least {least}\n"
     assert (done.returncode, done.stderr, done.stdout) == (1, message, "")

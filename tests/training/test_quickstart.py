@@ -1,7 +1,6 @@
 """`make quickstart`'s script, whole but small: every stage, its files, and a second run that reuses them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,20 +29,29 @@ SETTINGS = {
 LANGUAGES = {"english", "chinese", "japanese"}
 
 
-def quickstart(tmp_path: Path, **changes) -> subprocess.CompletedProcess:
-    """Runs it in another folder than the repository's, on Python's source alone unless `changes` say otherwise."""
+@pytest.fixture
+def quickstart(tmp_path, monkeypatch, one_thread, script):
+    """Runs it in another folder than the repository's, on Python's source alone unless changes say otherwise."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "run"
     paths = {"shards": f"{out}/shards/train", "valid_shards": f"{out}/shards/valid", "out": str(out)}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({**SETTINGS, **paths, "tokenizer": f"{out}/tokenizer.model", **changes}))
-    script = str(ROOT / "train/quickstart.py")
-    command = [sys.executable, script, "--config", "config.yaml", "--max-bytes", "1500000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+
+    def run(*, alone: bool = False, **changes) -> subprocess.CompletedProcess:
+        """`alone`: in a process of its own."""
+        settings = {**SETTINGS, **paths, "tokenizer": f"{out}/tokenizer.model", **changes}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        arguments = ["--config", "config.yaml", "--max-bytes", "1500000"]
+        monkeypatch.chdir(tmp_path)
+        if not alone:
+            return script("quickstart", *arguments)
+        command = [sys.executable, ROOT / "train/quickstart.py", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+    return run
 
 
-def test_quickstart_and_its_second_run(tmp_path):
-    first, out = quickstart(tmp_path), tmp_path / "run"
+def test_quickstart_and_its_second_run(quickstart, tmp_path):
+    first, out = quickstart(alone=True), tmp_path / "run"
     # So small a model does not beat a bigram's counts of all tokens: that, and nothing else, is reported as wrong.
     unmet = "bits/byte are not below the bigram model's"
     assert first.returncode == 1 and unmet in first.stderr, first.stdout + first.stderr
@@ -66,25 +74,25 @@ def test_quickstart_and_its_second_run(tmp_path):
     assert summary["export"]["relative_gap"] < 1e-4 and summary["speed"]["loss_gap"] < 1e-3
     assert len(summary["samples"]) == 3 and summary["speed"]["ratio"] > 0
 
-    second = quickstart(tmp_path)
+    second = quickstart()
     for thing in ("shards", "tokenizer.model", "checkpoints"):
         assert f"reusing {out}/{thing}" in second.stdout
     assert json.loads((out / "summary.json").read_text())["held_out"] == held_out
 
-    other = quickstart(tmp_path, lr=1e-3)
+    other = quickstart(lr=1e-3)
     assert (
         other.returncode == 1 and "made with lr=0.02, now 0.001" in other.stderr and str(out) in other.stderr
     )
 
 
-def test_languages_beside_python(tmp_path):
+def test_languages_beside_python(quickstart, tmp_path):
     """Texts in three languages are a second source: figures and samples of each, and one model of all."""
     sources = {
         f"{key}shards": {name: f"{tmp_path}/run/shards/{name}/{split}" for name in ("python", "languages")}
         for key, split in (("", "train"), ("valid_", "valid"))
     }
     small = {"model": {**SETTINGS["model"], "vocab_size": 4096}, "steps": 8, "valid_every": 8}
-    done = quickstart(tmp_path, **sources, **small, mix={"chinese": 2, "japanese": 4})
+    done = quickstart(**sources, **small, mix={"chinese": 2, "japanese": 4})
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert len(summary["failed"]) == 1 and "not below the bigram model's" in done.stderr, done.stderr
 
@@ -104,9 +112,9 @@ def test_languages_beside_python(tmp_path):
     assert sum(any(letter > "\u3000" for letter in text[:4]) for text in summary["samples"]) == 2
 
 
-def test_other_sources_are_refused(tmp_path):
+def test_other_sources_are_refused(quickstart, tmp_path):
     folders = {"pile": f"{tmp_path}/shards/train"}
-    done = quickstart(tmp_path, shards=folders, valid_shards=folders)
+    done = quickstart(shards=folders, valid_shards=folders)
     assert done.returncode == 1 and "got the name 'pile'" in done.stderr and "config.yaml" in done.stderr
-    done = quickstart(tmp_path, shards={"python": "a"}, valid_shards={"languages": "b"})
+    done = quickstart(shards={"python": "a"}, valid_shards={"languages": "b"})
     assert done.returncode == 1 and "takes the same names in both" in done.stderr

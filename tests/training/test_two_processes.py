@@ -23,8 +23,9 @@ from .test_resume import wait_for
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(config: TrainConfig, processes: int) -> subprocess.Popen:
-    return launch(config, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+def start(config: TrainConfig) -> subprocess.Popen:
+    """Two processes."""
+    return launch(config, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def launch(config: TrainConfig, *launcher: str) -> subprocess.Popen:
@@ -43,17 +44,23 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
+def in_one(config: TrainConfig) -> None:
+    """This one, as another takes seconds to start."""
+    assert Trainer(config).run() == 0
+
+
 def losses(config: TrainConfig) -> list[tuple[float, float]]:
     records = read_metrics(Path(config.out) / "metrics.jsonl")
     return [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
 
 
-def test_two_processes_equal_one_with_twice_the_batch_and_one_goes_on(settings, tmp_path):
-    finish(start(settings(out=str(tmp_path / "parted"), batch=2, steps=4, warmup=4), 2))
+def test_two_processes_equal_one_with_twice_the_batch_and_one_goes_on(settings, tmp_path, capfd):
+    finish(start(settings(out=str(tmp_path / "parted"), batch=2, steps=4, warmup=4)))
     parted = settings(out=str(tmp_path / "parted"), batch=4, steps=8, warmup=4)
-    assert "resumed at step 4" in finish(start(parted, 1))
+    in_one(parted)
+    assert "resumed at step 4" in capfd.readouterr().out
     whole = settings(out=str(tmp_path / "whole"), batch=4, steps=8, warmup=4)
-    finish(start(whole, 1))
+    in_one(whole)
     assert len(losses(whole)) == len(losses(parted)) == 8
     first = zip(
         losses(whole)[:4], losses(parted)[:4]
@@ -76,8 +83,8 @@ def test_uneven_ends_and_a_validation_smaller_than_the_ranks(settings, tmp_path)
     shared = {"shards": str(tmp_path / "shards"), "valid_shards": str(tmp_path / "held"), "steps": 14}
     two = settings(out=str(tmp_path / "two"), batch=3, accumulation=3, warmup=4, **shared)
     one = settings(out=str(tmp_path / "one"), batch=6, accumulation=3, warmup=4, **shared)
-    said = finish(start(two, 2))
-    finish(start(one, 1))
+    said = finish(start(two))
+    in_one(one)
     records = [read_metrics(Path(c.out) / "metrics.jsonl") for c in (one, two)]
     assert [r["step"] for r in records[0]] == [r["step"] for r in records[1]]  # one process's records, once
     assert (
@@ -125,7 +132,7 @@ def test_sigterm_to_accelerate_launch_saves_and_leaves_no_process(settings, tmp_
 def test_the_processes_of_a_launcher_that_is_killed_save_and_leave(settings, tmp_path):
     """They would go on holding their GPUs, or wait for one another."""
     config = settings(steps=5000, save_every=100_000, valid_shards=None)
-    process = start(config, 2)
+    process = start(config)
     wait_for(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 3, process)
     process.kill()
     out, _ = process.communicate(timeout=60)  # the workers hold the pipe: their end is the output's
@@ -134,7 +141,7 @@ def test_the_processes_of_a_launcher_that_is_killed_save_and_leave(settings, tmp
 
 
 def test_sigterm_to_one_process_stops_and_saves_all(settings, tmp_path):
-    process = start(settings(steps=5000, save_every=100_000, valid_shards=None), 2)
+    process = start(settings(steps=5000, save_every=100_000, valid_shards=None))
     wait_for(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 3, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [c for c in children if "pretrain.py" in Path(f"/proc/{c}/cmdline").read_text()]
