@@ -5,7 +5,7 @@ import torch
 
 from .contract import BF16, F16, F32
 from .rule import near, random
-from .twins import DEVICE, INTERPRETED, kernels, on, run_interpreted, twin
+from .twins import DEVICE, INTERPRETED, kernels, on, only_compiled, run_interpreted, twin
 
 DTYPES = (F32, BF16) if INTERPRETED else (F32, BF16, F16)
 SIZES = (1, 7, 41, 123, 128, 1000)
@@ -70,7 +70,7 @@ class TestRmsNorm:
         self.check(5, size, dtype)
         self.check(3, size, dtype, dtype, sliced)
 
-    @pytest.mark.parametrize("hidden", (520, 768, 1536, 5120))
+    @pytest.mark.parametrize("hidden", (520, 768, 1536, pytest.param(5120, marks=only_compiled)))
     def test_rows_of_two_tiles(self, dtype, hidden):
         self.check(1, hidden, dtype)
         self.check(2, hidden, dtype, dtype, sliced)
@@ -90,7 +90,7 @@ class TestRmsNorm:
     def test_rows_too_wide_for_registers(self, dtype, monkeypatch):
         monkeypatch.setattr(twin("rms_norm"), "_WIDEST", 64)  # pieces of 32
         self.check(3, 123, dtype, F32, sliced)
-        self.check(3, 1000, dtype, dtype)
+        self.check(3, 200, dtype, dtype)
 
     def test_programs_that_take_several_rows(self, monkeypatch):
         monkeypatch.setattr(twin("rms_norm"), "processors", lambda device: 1)
