@@ -120,7 +120,7 @@ def test_hostile_arrays_take_linear_time(piece, monkeypatch):
     monkeypatch.setattr(arrays, "_decoded", counted_window)
     monkeypatch.setattr(arrays, "READ", 1 << 10)
     monkeypatch.setattr(arrays, "WINDOW_LEAST", 1 << 4)
-    size, longest = 1 << 18, 1 << 14
+    size, longest = 1 << 17, 1 << 13
     found = list(elements(b"", (piece for _ in range(size // len(piece))), longest))
     assert isinstance(found[-1][1], Unreadable)
     assert followed < 4 * (size + longest) and tried < 4 * (size + longest)

@@ -87,7 +87,7 @@ def test_equals_the_definition_of_best_fit():
 @pytest.mark.parametrize("context", [1, 63, 64, 65, 1000, 4096, 5000, 300_000])
 def test_equals_its_twin(context, long):
     rng = np.random.default_rng(context)
-    for count in (0, 1, 3000):
+    for count in (0, 1, 1000):
         tokens = (rng.pareto(0.7, count) * 30).astype(np.int64) % 2_000_000
         start = np.cumsum(tokens) - tokens
         mine, theirs = pack(start, tokens, context, long), Packs(*twin.pack(start, tokens, context, long))
