@@ -121,10 +121,11 @@ def test_summary_command(capsys, tmp_path):
         assert line in out
     for name, config in PRESETS.items():
         assert cli.main(["summary", name]) == 0
-        config.save(tmp_path / "config.json")
         by_name = capsys.readouterr().out
-        assert cli.main(["summary", str(tmp_path / "config.json")]) == 0
-        assert capsys.readouterr().out == by_name
+        config.save(tmp_path / "config.json")
+        assert find_config(name) == find_config(str(tmp_path / "config.json")) == config
+    assert cli.main(["summary", str(tmp_path / "config.json")]) == 0
+    assert capsys.readouterr().out == by_name
     export_hf(make(), tmp_path / "hf")
     assert cli.main(["summary", str(tmp_path / "hf")]) == 0
     assert cli.main(["summary", "7bb"]) == 1
