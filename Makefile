@@ -75,6 +75,7 @@ $(VENV)/.ready-langs: $(VENV)/.ready
 	$(PIP) install -q --no-build-isolation -e ".[train,bench,langs]"
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready
+# all at once: after .ready's, a second build and a second round of pip would take a minute
+$(VENV)/.ready-dev: $(VENV)/.torch setup.py pyproject.toml $(NATIVE)
 	$(PIP) install -q --no-build-isolation -e ".[train,bench,dev]"
-	@touch $@
+	@touch $(VENV)/.ready $@
