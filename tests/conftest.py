@@ -15,6 +15,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # the longest tests first: with short ones left, the workers end together
+        items.sort(key=lambda item: item.path.parent.name != "training")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
