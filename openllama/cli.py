@@ -14,7 +14,7 @@ from typing import NoReturn
 # What `import` calls the packages of our extras, and those that they bring along.
 OPTIONAL = {
     "train": {
-        "accelerate", "google", "huggingface_hub", "matplotlib", "sentencepiece", "tokenizers", "transformers",
+        "accelerate", "google", "huggingface_hub", "matplotlib", "psutil", "sentencepiece", "tokenizers", "transformers",
         "zstandard",
     },
     "data": {"datasets", "pyarrow"},
