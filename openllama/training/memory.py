@@ -13,7 +13,7 @@ from openllama.model import Llama
 from openllama.optim import AdamW
 
 GRADIENT = 4  # bytes a parameter: micro-batches add up in fp32
-RESERVE = 2**30  # beside what is counted; that alone meets the peaks of steps on an H200 to 0.5 GiB
+RESERVE = 2**30  # beside what is counted, which alone comes within 0.5 GiB of steps' peaks on an H200
 USABLE = 0.95  # of what is free: the rest is lost between pieces
 
 
