@@ -69,6 +69,20 @@ struct Swiglu {
   Dtype dtype;
 };
 
+// The linear layers beside it: [gate | up] = x [w_gate | w_up]^T and act in one, and dact = dout w_down and
+// both gradients. On Hopper, in 16 bits; addresses are multiples of 16 bytes, widths and strides of 8
+// elements.
+struct LinearSwiglu {
+  const void* x;       // (tokens, hidden): x, or dout
+  const void* w_gate;  // (intermediate, hidden), forward
+  const void* w_up;    // (intermediate, hidden), forward
+  const void* w_down;  // (hidden, intermediate), backward
+  void* gate_up;  // (tokens, 2 * intermediate), contiguous: forward writes it, backward makes it its gradient
+  void* act;      // (tokens, intermediate), contiguous; null: backward does not make it again
+  int64_t tokens, hidden, intermediate, x_stride, w_gate_stride, w_up_stride, w_down_stride;
+  Dtype dtype;
+};
+
 // With l = softcap tanh(logits / softcap), or the logits themselves where softcap is 0, and s = logsumexp(l):
 //
 //   loss = s - l[label] + z_loss s^2, and 0 where the label is ignored
@@ -161,6 +175,8 @@ cudaError_t rms_norm_bwd(RmsNormBwd, cudaStream_t);
 cudaError_t rotary(const Rotary&, cudaStream_t);
 cudaError_t swiglu_fwd(const Swiglu&, cudaStream_t);
 cudaError_t swiglu_bwd(const Swiglu&, cudaStream_t);
+cudaError_t linear_swiglu_fwd(const LinearSwiglu&, cudaStream_t);
+cudaError_t linear_swiglu_bwd(const LinearSwiglu&, cudaStream_t);
 cudaError_t cross_entropy_fwd(const CrossEntropy&, cudaStream_t);
 cudaError_t cross_entropy_bwd(const CrossEntropy&, cudaStream_t);
 cudaError_t cross_entropy_fwd_bwd(const CrossEntropy&, cudaStream_t);

@@ -5,21 +5,12 @@
 // is too short or too odd to fill the blocks.
 #include <climits>
 
-#include "common.cuh"
+#include "swiglu.cuh"
 
 namespace openllama::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-
-// For 16-bit types the fast exp and division, whose errors of 2 ulps of fp32 rounding hides.
-template <class T>
-__device__ __forceinline__ float sigmoid(float x) {
-  if constexpr (sizeof(T) == 4)
-    return 1.0f / (1.0f + expf(-x));
-  else
-    return __fdividef(1.0f, 1.0f + __expf(-x));
-}
 
 // ---------------------------------------------------------------- kernels
 
@@ -42,10 +33,7 @@ __global__ void __launch_bounds__(kThreads) fwd_kernel(Swiglu a) {
   if (!find_place<N>(a, at)) return;
   const T* from = static_cast<const T*>(a.gate_up) + at.row * a.gate_up_stride + at.column;
   const auto gate = load<N>(from), up = load<N>(from + a.intermediate);
-  float act[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) act[n] = gate[n] * sigmoid<T>(gate[n]) * up[n];
-  store(static_cast<T*>(a.out) + at.row * a.out_stride + at.column, Vec<T, N>::of(act));
+  store(static_cast<T*>(a.out) + at.row * a.out_stride + at.column, swiglu(gate, up));
 }
 
 template <class T, int N, bool with_act>
@@ -55,19 +43,11 @@ __global__ void __launch_bounds__(kThreads) bwd_kernel(Swiglu a) {
   const T* from = static_cast<const T*>(a.gate_up) + at.row * a.gate_up_stride + at.column;
   const auto gate = load<N>(from), up = load<N>(from + a.intermediate);
   const auto dact = load<N>(static_cast<const T*>(a.dact) + at.row * a.dact_stride + at.column);
-  float dgate[N], dup[N], act[N];
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const float g = gate[n], u = up[n], d = dact[n], s = sigmoid<T>(g);
-    dgate[n] = d * u * s * (1.0f + g * (1.0f - s));
-    dup[n] = d * g * s;
-    act[n] = g * s * u;
-  }
+  const auto d = swiglu_gradient(gate, up, dact);
   T* to = static_cast<T*>(a.out) + at.row * a.out_stride + at.column;
-  store(to, Vec<T, N>::of(dgate));
-  store(to + a.intermediate, Vec<T, N>::of(dup));
-  if constexpr (with_act)
-    store(static_cast<T*>(a.act) + at.row * a.act_stride + at.column, Vec<T, N>::of(act));
+  store(to, d.gate);
+  store(to + a.intermediate, d.up);
+  if constexpr (with_act) store(static_cast<T*>(a.act) + at.row * a.act_stride + at.column, d.act);
 }
 
 // ---------------------------------------------------------------- launchers

@@ -26,6 +26,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "rms_norm": ("cuda", "triton", "cpu", "reference"),
     "rotary": ("cuda", "triton", "cpu", "reference"),
     "swiglu": ("cuda", "triton", "cpu", "reference"),
+    "linear_swiglu": ("cuda", "reference"),  # of tokens enough; the reference is made of matmul and swiglu
     "cross_entropy": ("cuda", "triton", "cpu", "reference"),
     "linear_cross_entropy": ("cuda", "triton", "cpu", "reference"),
     "matmul": ("cublaslt", "reference"),
@@ -51,6 +52,7 @@ _MAX_CUDA_HIDDEN = 16_384
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _MIN_CAPABILITY = 8  # setup.py compiles for sm_80 and newer
+_HOPPER = {"linear_swiglu"}  # ops whose CUDA kernels run there alone, in 16 bits
 
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"OPENLLAMA_BACKEND: got {FORCED!r}, takes one of {', '.join(NAMES)}")
@@ -75,7 +77,8 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hid
         return f"the tensors are on {device.type}"
     if backend in ("cuda", "cublaslt") and not library.has_cuda:
         return "the library was built without CUDA (no nvcc)"
-    if dtype not in _KERNEL_DTYPES[backend]:
+    hopper = backend == "cuda" and op in _HOPPER
+    if dtype not in _KERNEL_DTYPES[backend] or (hopper and dtype == torch.float32):
         return f"no {dtype} kernel"
     if backend == "cublaslt" and not library.has_cublaslt():
         return "torch has no cuBLASLt loaded"
@@ -83,11 +86,12 @@ def why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype, hid
         return f"hidden={hidden} is over {_MAX_CUDA_HIDDEN}"
     if backend == "triton" and not _HAS_TRITON:
         return "the triton package is not installed"
-    return _card_lacks(device.index, backend) if backend != "cpu" else ""
+    return _card_lacks(device.index, "hopper" if hopper else backend) if backend != "cpu" else ""
 
 
 def _card_lacks(index: int | None, backend: str) -> str:
-    """Why our kernels can't run on the card of this index (None: the current one); empty when they can."""
+    """Why our kernels can't run on the card of this index (None: the current one); empty when they can. `backend` is
+    "hopper" for those of `cuda` that only Hopper runs."""
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     return _ask_card(index, backend)
@@ -105,6 +109,8 @@ def _ask_card(index: int, backend: str) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     if major < _MIN_CAPABILITY:
         return f"compute capability {major}.{minor} is below {_MIN_CAPABILITY}.0"
+    if backend == "hopper" and major != 9:
+        return f"compute capability {major}.{minor} is not 9.0 (Hopper)"
     if backend == "triton":
         return ""
     # The CUDA runtime inside the library is the build's: a driver of its major version or newer can run it.

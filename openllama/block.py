@@ -28,9 +28,36 @@ from torch.autograd.function import once_differentiable
 from openllama.kernels import backend, checks
 from openllama.kernels.matmul import give_gradient, linear_weight_gradient, matmul
 from openllama.kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from openllama.ops import attention, attention_decode, rotary, rotary_pack, swiglu, swiglu_backward_
+from openllama.ops import (
+    attention,
+    attention_decode,
+    linear_swiglu,
+    linear_swiglu_backward_,
+    rotary,
+    rotary_pack,
+    swiglu,
+)
 
 Recompute = Literal["none", "norm", "mlp", "full"]
+
+
+class Projection(NamedTuple):
+    """The linear layers into a middle, whose outputs lie side by side in what it takes."""
+
+    y: torch.Tensor  # (tokens, hidden)
+    weights: Sequence[torch.Tensor]  # (n, hidden) each
+    biases: Sequence[torch.Tensor]  # (n,), one for each weight, or none
+    tune: bool  # whether to time products, see matmul
+
+    def run(self) -> torch.Tensor:
+        """(tokens, sum of n)."""
+        widths = [len(w) for w in self.weights]
+        out = self.y.new_empty(len(self.y), sum(widths))
+        if self.biases:  # what the products add to: so the sum is rounded once
+            out.copy_(torch.cat(tuple(self.biases)).expand_as(out))
+        for weight, part in zip(self.weights, out.split(widths, dim=1)):
+            matmul(self.y, weight.t(), part, accumulate=bool(self.biases), tune=self.tune)
+        return out
 
 
 class Middle(Protocol):
@@ -38,13 +65,14 @@ class Middle(Protocol):
 
     keeps: tuple[Recompute, ...]  # under these it stays; under others the half makes it again
 
-    def forward(self, inner: torch.Tensor, keep: Recompute | None) -> torch.Tensor:
-        """Of the input projection's output, which it may overwrite, (tokens, n): the output projection's input.
-        `keep`: what the table says of it stays for backward; None: nothing does."""
+    def forward(self, x: Projection, keep: Recompute | None) -> torch.Tensor:
+        """Of what x's layers give, (tokens, n): the output projection's input. `keep`: what the table says of it stays for
+        backward; None: nothing does."""
         ...
 
-    def backward(self, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What forward gave (again), and the gradient of `inner`. May overwrite dout."""
+    def backward(self, dout: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the gradient of the output projection's output: what forward gave (again), and the gradient of what the
+        input projection gave."""
         ...
 
 
@@ -53,18 +81,22 @@ class Swiglu:
 
     keeps: tuple[Recompute, ...] = ("none", "norm")
 
-    def forward(self, inner: torch.Tensor, keep: Recompute | None) -> torch.Tensor:
-        with torch.set_grad_enabled(keep == "none"):
-            act = swiglu(inner.requires_grad_(keep == "none"))
-        self.gate_up, self.act = inner if keep else None, act if keep == "none" else None
-        return act.detach()
+    def forward(self, x: Projection, keep: Recompute | None) -> torch.Tensor:
+        if x.biases:
+            gate_up = x.run()
+            act = swiglu(gate_up)
+        else:
+            gate_up, act = linear_swiglu(x.y, x.weights, tune=x.tune)
+        self.gate_up = gate_up if keep else None
+        self.act = act if keep and keep != "norm" else None  # made again, it is at hand
+        return act
 
-    def backward(self, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.gate_up is not None
-        if self.act is not None:
-            return self.act.detach(), torch.autograd.grad(self.act, self.gate_up, dout)[0]
-        swiglu_backward_(dout, self.gate_up)
-        return dout, self.gate_up
+        act = linear_swiglu_backward_(dout, w_out, self.gate_up, with_act=self.act is None)
+        act = self.act if act is None else act
+        assert act is not None
+        return act, self.gate_up
 
 
 class Heads(NamedTuple):
@@ -107,8 +139,9 @@ class Attention:
     def __init__(self, heads: Heads, sequences: Sequences, cache: torch.Tensor | None = None):
         self.heads, self.sequences, self.cache = heads, sequences, cache
 
-    def forward(self, inner: torch.Tensor, keep: Recompute | None) -> torch.Tensor:
+    def forward(self, x: Projection, keep: Recompute | None) -> torch.Tensor:
         (heads, kv_heads, head_dim), s = self.heads, self.sequences
+        inner = x.run()
         qkv = inner.view(len(inner), heads + 2 * kv_heads, head_dim)
         rotary(qkv, s.cos, s.sin, s.positions, heads + kv_heads, inplace=True)
         with torch.set_grad_enabled(keep is not None):
@@ -128,9 +161,10 @@ class Attention:
                 return attention_decode(q, cache[0], cache[1], s.positions + 1)
         return attention(q, k, v, s.cu_seqlens, s.max_seqlen)
 
-    def backward(self, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(self, dout: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         s = self.sequences
         *inputs, out = self.kept
+        dout = matmul(dout, w_out)
         dq, dk, dv = (
             t.reshape(-1, *t.shape[-2:]) for t in torch.autograd.grad(out, inputs, dout.view(out.shape))
         )
@@ -189,8 +223,8 @@ def _half(
         return _Half.apply(middle, eps, settings, chosen, len(w_in), *tensors)
     y, h, _ = rms_norm_forward(branch, norm, eps, residual, chosen)
     # lengths vary where nothing is learned: not worth to time products
-    inner = _project(y, w_in, b_in, tune=False)
-    return matmul(middle.forward(inner, None), w_out.t(), tune=False), h
+    out = middle.forward(Projection(y, w_in, b_in, tune=False), None)
+    return matmul(out, w_out.t(), tune=False), h
 
 
 class _Half(torch.autograd.Function):
@@ -199,7 +233,7 @@ class _Half(torch.autograd.Function):
         w_in, b_in = inner[:count], inner[count:]
         y, h, rstd = rms_norm_forward(branch, norm, eps, residual, backend)
         keep = settings.recompute if settings.recompute in middle.keeps else None
-        out = matmul(middle.forward(_project(y, w_in, b_in), keep), w_out.t())
+        out = matmul(middle.forward(Projection(y, w_in, b_in, True), keep), w_out.t())
         ctx.middle, ctx.kept, ctx.eps, ctx.settings, ctx.backend = middle, keep, eps, settings, backend
         ctx.count = count
         ctx.save_for_backward(h, rstd, norm, y if settings.recompute == "none" else None, w_out, *inner)
@@ -218,9 +252,9 @@ class _Half(torch.autograd.Function):
         need_in, need_bias = need_inner[: ctx.count], need_inner[ctx.count :]
         if not ctx.kept:
             y = rms_norm_forward(h, norm, ctx.eps, None, ctx.backend)[0] if y is None else y
-            middle.forward(_project(y, w_in, b_in), ctx.settings.recompute)
+            middle.forward(Projection(y, w_in, b_in, True), ctx.settings.recompute)
         dout, dh = (checks.rows(t, t.shape[-1]) for t in (dout, dh))
-        out, dinner = middle.backward(matmul(dout, w_out))
+        out, dinner = middle.backward(dout, w_out)
         dw_out = linear_weight_gradient(w_out, dout, out, accumulate) if need_out else None
         del out
         need_dx = need_branch or need_residual
@@ -242,21 +276,8 @@ class _Half(torch.autograd.Function):
         return None, None, None, None, None, dbranch, dresidual, dnorm, dw_out, *dw_in, *db_in
 
 
-def _project(
-    y: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], tune: bool = True
-) -> torch.Tensor:
-    """The outputs of several linear layers side by side, (tokens, sum of their widths)."""
-    widths = [len(w) for w in weights]
-    out = y.new_empty(len(y), sum(widths))
-    if biases:  # what the products add to: so the sum is rounded once
-        out.copy_(torch.cat(tuple(biases)).expand_as(out))
-    for weight, part in zip(weights, out.split(widths, dim=1)):
-        matmul(y, weight.t(), part, accumulate=bool(biases), tune=tune)
-    return out
-
-
 def _project_back(dout: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The gradient of `_project`'s input."""
+    """The gradient of what went into a Projection."""
     dy = dout.new_empty(len(dout), weights[0].shape[1])
     for i, (weight, part) in enumerate(zip(weights, dout.split([len(w) for w in weights], dim=1))):
         matmul(part, weight, dy, accumulate=i > 0)

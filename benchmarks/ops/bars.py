@@ -26,7 +26,7 @@ BARS = {
 LARGE = 200e6
 NOISE = 1.02  # two runs of one kernel differ by so much
 
-COLUMNS = ("ours:cuda", "ours:triton", "eager", "compile", "liger", "quack")
+COLUMNS = ("ours:cuda", "ours:triton", "ours:reference", "eager", "compile", "liger", "quack")
 
 
 def is_large(row: Row) -> bool:

@@ -99,6 +99,16 @@ def swiglu_grad_and_act(dact, gate_up):
     return torch.cat([dgate, dact * silu], -1).to(gate_up.dtype), (silu * up).to(gate_up.dtype)
 
 
+def linear_swiglu(x, weight):
+    """gate_up, which backward needs, and act."""
+    gate_up = F.linear(x, weight)
+    return gate_up, swiglu(gate_up)
+
+
+def linear_swiglu_grad_and_act(dout, w_down, gate_up):
+    return swiglu_grad_and_act(dout @ w_down, gate_up)
+
+
 def cross_entropy(logits, labels):
     """Of the logits in fp32, as transformers' loss takes it."""
     return F.cross_entropy(logits.float(), labels)

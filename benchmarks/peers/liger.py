@@ -75,6 +75,23 @@ def swiglu_grad_and_act(dact, gate_up) -> Step:
     return step
 
 
+def linear_swiglu(x, weight) -> Step:
+    """torch's product, and its kernel."""
+    from liger_kernel.ops.swiglu import swiglu_fused_gate_up_forward
+
+    return lambda: swiglu_fused_gate_up_forward(x @ weight.t())
+
+
+def linear_swiglu_grad_and_act(dout, w_down, gate_up) -> Step:
+    from liger_kernel.ops.swiglu import swiglu_fused_gate_up_backward, swiglu_fused_gate_up_forward
+
+    def step():
+        _, act = swiglu_fused_gate_up_forward(gate_up)
+        return act, swiglu_fused_gate_up_backward(gate_up, dout @ w_down, in_place=True)
+
+    return step
+
+
 def cross_entropy(logits, labels) -> Step:
     """Forward, and the gradient over the logits."""
     from liger_kernel.ops.cross_entropy import cross_entropy_forward

@@ -35,7 +35,7 @@ PEERS: dict[str, Side] = {
         Side("hf:compile-layers", "hf", {"compiled": "layers"}),
         Side("hf:compile", "hf", {"compiled": "model"}),
         Side("hf:liger", "hf", {"kernels": "liger"}),
-        Side("hf:liger+compile", "hf", {"kernels": "liger", "compiled": "model"}),
+        Side("hf:liger+compile", "hf", {"kernels": "liger", "compiled": "layers"}),
         Side("hf:fp8+compile", "hf", {"fp8": True, "compiled": "model"}),
         # HuggingFace's model with our ops in it
         Side("ours:patch", "hf", {"kernels": "ours"}),

@@ -87,6 +87,21 @@ def test_a_card_or_driver_that_cannot_run_the_kernels(card, monkeypatch, capabil
     assert used == ("reference" if reason else "cuda")
 
 
+@pytest.mark.parametrize(
+    "capability, dtype, reason",
+    [
+        ((8, 0), torch.bfloat16, "compute capability 8.0 is not 9.0 (Hopper)"),
+        ((10, 0), torch.bfloat16, "compute capability 10.0 is not 9.0 (Hopper)"),
+        ((9, 0), F32, "no torch.float32 kernel"),
+        ((9, 0), F16, ""),
+    ],
+)
+def test_a_kernel_of_hopper_runs_there_alone(card, capability, dtype, reason):
+    card(capability, 13000)
+    assert backend.why_not("linear_swiglu", "cuda", torch.device("cuda", 0), dtype) == reason
+    assert backend.why_not("swiglu", "cuda", torch.device("cuda", 0), dtype) == ""
+
+
 def test_triton_serves_where_the_library_has_no_cuda(card, monkeypatch):
     card((8, 0), 13000)
     monkeypatch.setattr(library, "has_cuda", False)

@@ -7,7 +7,7 @@ import torch
 
 from openllama.kernels.grad_norm import grad_norm
 from openllama.kernels.scale import scale_
-from openllama.ops import adamw, rotary, swiglu_backward_
+from openllama.ops import adamw, linear_swiglu, linear_swiglu_backward_, rotary, swiglu_backward_
 
 from . import (
     test_adamw,
@@ -66,6 +66,19 @@ def swiglu_backward_case(seed):
     return [random((65, 1024), BF16, "cuda", seed), random((65, 2048), BF16, "cuda", seed + 1)], call
 
 
+def linear_swiglu_case(seed):
+    def call(inputs, backend):
+        x, weight, w_down = inputs
+        backend = {"triton": "reference"}.get(backend, backend)
+        gate_up, act = linear_swiglu(x, [weight], tune=False, backend=backend)
+        kept = gate_up.clone()
+        linear_swiglu_backward_(x, w_down, gate_up, False, backend=backend)
+        return [act, kept, gate_up]
+
+    shapes = (600, 256), (1024, 256), (256, 512)
+    return [random(shape, BF16, "cuda", seed + i, 0.2) for i, shape in enumerate(shapes)], call
+
+
 def scale_case(seed):
     def call(inputs, backend):
         x = inputs[0].clone()
@@ -105,6 +118,7 @@ CASES = {
     "rotary in place": differentiable(RotaryInPlace(), 65, (6, 5, 64)),
     "swiglu": differentiable(test_swiglu.TestSwiglu(), 65, 1024),
     "swiglu_backward_": swiglu_backward_case,
+    "linear_swiglu": linear_swiglu_case,
     "cross_entropy": differentiable(test_cross_entropy.TestCrossEntropy(), 33, 50_257),
     "cross_entropy in place, capped": differentiable(test_cross_entropy.TestCrossEntropyInPlace(), 33, 50_257),
     "cross_entropy in place": differentiable(CrossEntropyUncapped(), 33, 100_003),
