@@ -35,6 +35,7 @@ PEERS: dict[str, Side] = {
         Side("hf:compile-layers", "hf", {"compiled": "layers"}),
         Side("hf:compile", "hf", {"compiled": "model"}),
         Side("hf:liger", "hf", {"kernels": "liger"}),
+        # by layers: of the whole model, Dynamo can't analyse two of Liger's kernels and aborts (torch 2.11, Liger 0.8.5)
         Side("hf:liger+compile", "hf", {"kernels": "liger", "compiled": "layers"}),
         Side("hf:fp8+compile", "hf", {"fp8": True, "compiled": "model"}),
         # HuggingFace's model with our ops in it

@@ -219,6 +219,7 @@ KERNELS = {
     f"{OURS}loose_bwd_kernel<float>(openllama::cuda::RmsNormBwd)": "norms",
     f"{OURS}reduce_kernel<float>(openllama::cuda::RmsNormBwd)": "norms",
     f"{OURS}fwd_kernel<__nv_bfloat16>(openllama::cuda::Swiglu)": "swiglu",
+    f"{OURS}linear_swiglu_kernel<__nv_bfloat16>(Maps, openllama::LinearSwiglu)": "matrix products",
     f"{OURS}rotary_kernel<__nv_bfloat16, false>(openllama::cuda::Rotary)": "rotary",
     f"{OURS}row_kernel<__nv_bfloat16, true>(openllama::cuda::CrossEntropy, int)": "loss",
     f"{OURS}scale_kernel<__nv_bfloat16>(openllama::cuda::Scale)": "loss",
