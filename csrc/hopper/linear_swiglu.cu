@@ -8,10 +8,9 @@
 // thread loads by TMA, and three warps finish that tile, the elementwise work and what goes to memory, while
 // the next one is multiplied. Two blocks, a cluster, have neighbouring tokens and the same columns: each
 // loads half of the weights' block, for both.
-#include <dlfcn.h>
-
 #include "../swiglu.cuh"
 #include "pipeline.cuh"
+#include "tensor_map.h"
 #include "wgmma.cuh"
 
 namespace openllama::cuda {
@@ -19,7 +18,7 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kRows = 128, kColumns = 256, kDeep = 64, kPanel = 64, kStages = 3, kBlocks = 2;
+constexpr int kRows = 128, kColumns = 256, kDeep = 64, kStages = 3, kBlocks = 2;
 constexpr int kThreads = 384, kFinishers = 96, kWarps = kFinishers / 32;
 constexpr int kGroup = 8;  // clusters' tiles along the tokens: their inputs stay in L2 over all columns
 constexpr int kPart = 8;   // elements of 16 bytes
@@ -265,29 +264,6 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
 
 // ---------------------------------------------------------------- launchers
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                            const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                            CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Describes a matrix to TMA, in boxes of box_rows by a panel. The driver's function is found at run time, so
-// that the library loads where there is none.
-cudaError_t describe(CUtensorMap& map, Dtype dtype, const void* data, int64_t rows, int64_t columns,
-                     int64_t stride, int box_rows) {
-  static const auto encode = [] {
-    void* driver = dlopen("libcuda.so.1", RTLD_LAZY);
-    return reinterpret_cast<Encode>(driver ? dlsym(driver, "cuTensorMapEncodeTiled") : nullptr);
-  }();
-  if (!encode) return cudaErrorSharedObjectSymbolNotFound;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t bytes[] = {static_cast<cuuint64_t>(stride * 2)};
-  const cuuint32_t box[] = {kPanel, static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
-  const auto type = dtype == Dtype::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encode(&map, type, 2, const_cast<void*>(data), sizes, bytes, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 template <class T, Pass pass>
 cudaError_t launch(const Maps& maps, const LinearSwiglu& a, cudaStream_t stream) {
   const auto kernel = linear_swiglu_kernel<T, pass>;
@@ -317,11 +293,13 @@ cudaError_t linear_swiglu_fwd(const LinearSwiglu& a, cudaStream_t stream) {
   Maps maps{};
   const auto up = static_cast<char*>(a.gate_up) + 2 * a.intermediate;
   for (const cudaError_t error :
-       {describe(maps.x, a.dtype, a.x, a.tokens, a.hidden, a.x_stride, kRows),
-        describe(maps.weight[0], a.dtype, a.w_gate, a.intermediate, a.hidden, a.w_gate_stride, kColumns / 2),
-        describe(maps.weight[1], a.dtype, a.w_up, a.intermediate, a.hidden, a.w_up_stride, kColumns / 2),
-        describe(maps.gate_up[0], a.dtype, a.gate_up, a.tokens, a.intermediate, 2 * a.intermediate, kRows),
-        describe(maps.gate_up[1], a.dtype, up, a.tokens, a.intermediate, 2 * a.intermediate, kRows)})
+       {describe(maps.x, a.dtype, a.x, a.hidden, {{a.tokens, a.x_stride}}, kRows),
+        describe(maps.weight[0], a.dtype, a.w_gate, a.hidden, {{a.intermediate, a.w_gate_stride}},
+                 kColumns / 2),
+        describe(maps.weight[1], a.dtype, a.w_up, a.hidden, {{a.intermediate, a.w_up_stride}}, kColumns / 2),
+        describe(maps.gate_up[0], a.dtype, a.gate_up, a.intermediate, {{a.tokens, 2 * a.intermediate}},
+                 kRows),
+        describe(maps.gate_up[1], a.dtype, up, a.intermediate, {{a.tokens, 2 * a.intermediate}}, kRows)})
     if (error != cudaSuccess) return error;
   return launch_as<Pass::forward>(maps, a, stream);
 }
@@ -329,8 +307,8 @@ cudaError_t linear_swiglu_fwd(const LinearSwiglu& a, cudaStream_t stream) {
 cudaError_t linear_swiglu_bwd(const LinearSwiglu& a, cudaStream_t stream) {
   Maps maps{};
   for (const cudaError_t error :
-       {describe(maps.x, a.dtype, a.x, a.tokens, a.hidden, a.x_stride, kRows),
-        describe(maps.weight[0], a.dtype, a.w_down, a.hidden, a.intermediate, a.w_down_stride, kDeep)})
+       {describe(maps.x, a.dtype, a.x, a.hidden, {{a.tokens, a.x_stride}}, kRows),
+        describe(maps.weight[0], a.dtype, a.w_down, a.intermediate, {{a.hidden, a.w_down_stride}}, kDeep)})
     if (error != cudaSuccess) return error;
   return launch_as<Pass::backward>(maps, a, stream);
 }
