@@ -1,5 +1,4 @@
-// Barriers, bulk copies and registers of warp-specialised kernels (PTX ISA: mbarrier, cp.async.bulk,
-// setmaxnreg).
+// Barriers, bulk copies and registers of warp-specialised kernels (PTX ISA).
 #pragma once
 
 #include <cuda.h>
@@ -10,8 +9,9 @@ namespace openllama::cuda::hopper {
 
 __device__ __forceinline__ uint32_t shared(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// ---------------------------------------------------------------- mbarrier: a phase ends when all have
-// arrived, and all bytes
+// ---------------------------------------------------------------- mbarrier
+
+// A phase ends when all have arrived, and all bytes.
 
 __device__ __forceinline__ void barrier_init(uint64_t* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared(b)), "r"(arrivals));
@@ -27,8 +27,7 @@ __device__ __forceinline__ void arrive_expecting(uint64_t* b, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared(b)), "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity has ended; of a new barrier phase 0 runs, and that of parity 1 counts as
-// ended.
+// Until the phase of this parity has ended. Of a new barrier phase 0 runs, that of parity 1 counts as ended.
 __device__ __forceinline__ void wait(uint64_t* b, uint32_t parity) {
   asm volatile(
       "{.reg .pred p;\n"
