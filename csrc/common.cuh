@@ -162,7 +162,7 @@ inline bool aligned(const void* pointer, int64_t stride_bytes = 0) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && stride_bytes % 16 == 0;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks of `kernel` that the current device holds at once, at least 1.
 template <class Kernel>

@@ -59,6 +59,19 @@ struct Rotary {
   int64_t q_heads = 0, k_stride = 0, v_stride = 0;
 };
 
+// The linear layers before it: out = x [weight 0 | weight 1 | weight 2]^T, of which the first `rotated`
+// columns turn, head by head, half-split and over all of head_dim. On Hopper, in 16 bits; addresses are
+// multiples of 16 bytes, hidden and strides of 8 elements, widths of 128.
+struct LinearRotary {
+  const void* x;             // (tokens, hidden)
+  const void* weight[3];     // (width, hidden)
+  void* out;                 // (tokens, columns), contiguous
+  const float *cos, *sin;    // (table_rows, head_dim / 2)
+  const int32_t* positions;  // (tokens)
+  int64_t tokens, hidden, columns, rotated, head_dim, table_rows, x_stride, width[3], weight_stride[3];
+  Dtype dtype;
+};
+
 // act = gate * sigmoid(gate) * up, with [gate | up] packed in a row
 struct Swiglu {
   const void* gate_up;  // (rows, 2 * intermediate)
@@ -175,6 +188,7 @@ cudaError_t rms_norm_bwd(RmsNormBwd, cudaStream_t);
 cudaError_t rotary(const Rotary&, cudaStream_t);
 cudaError_t swiglu_fwd(const Swiglu&, cudaStream_t);
 cudaError_t swiglu_bwd(const Swiglu&, cudaStream_t);
+cudaError_t linear_rotary(const LinearRotary&, cudaStream_t);
 cudaError_t linear_swiglu_fwd(const LinearSwiglu&, cudaStream_t);
 cudaError_t linear_swiglu_bwd(const LinearSwiglu&, cudaStream_t);
 cudaError_t cross_entropy_fwd(const CrossEntropy&, cudaStream_t);

@@ -26,7 +26,9 @@ TABLE: dict[str, tuple[str, ...]] = {
     "rms_norm": ("cuda", "triton", "cpu", "reference"),
     "rotary": ("cuda", "triton", "cpu", "reference"),
     "swiglu": ("cuda", "triton", "cpu", "reference"),
-    "linear_swiglu": ("cuda", "reference"),  # of tokens enough; the reference is made of matmul and swiglu
+    # of shapes that a kernel on Hopper takes, and tokens enough; their references are matmul and the other op
+    "linear_swiglu": ("cuda", "reference"),
+    "linear_rotary": ("cuda", "reference"),
     "cross_entropy": ("cuda", "triton", "cpu", "reference"),
     "linear_cross_entropy": ("cuda", "triton", "cpu", "reference"),
     "matmul": ("cublaslt", "reference"),
@@ -52,7 +54,7 @@ _MAX_CUDA_HIDDEN = 16_384
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _MIN_CAPABILITY = 8  # setup.py compiles for sm_80 and newer
-_HOPPER = {"linear_swiglu"}  # ops whose CUDA kernels run there alone, in 16 bits
+_HOPPER = {"linear_swiglu", "linear_rotary"}  # ops whose CUDA kernels run there alone, in 16 bits
 
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"OPENLLAMA_BACKEND: got {FORCED!r}, takes one of {', '.join(NAMES)}")
@@ -154,3 +156,18 @@ def choose(op: str, x: torch.Tensor, backend: str | None, hidden: int = 0) -> st
             f"backend: {op} can't run on {backend!r} here: {reason}; takes None to choose one that can"
         )
     return backend
+
+
+#: Under this, a product's tiles of 128 tokens by 256 columns leave too many processors idle.
+_MIN_TOKENS = 1024
+
+
+def choose_product(op: str, x: torch.Tensor, backend: str | None, reason: str) -> str:
+    """The backend of a product of x, (tokens, hidden), that does more: the reference where its tokens are few, or where
+    `cuda` can't take its operands for the `reason` given. Raises ValueError where that was forced."""
+    chosen = choose(op, x, backend)
+    if chosen != "cuda":
+        return chosen
+    if reason and backend == "cuda":
+        raise ValueError(f"backend: {op} can't run on 'cuda' here: {reason}")
+    return "reference" if reason or (backend is None and len(x) < _MIN_TOKENS) else chosen

@@ -55,3 +55,10 @@ def rows(t: torch.Tensor, columns: int) -> torch.Tensor:
     flat = t.reshape(-1, columns) if columns else t.reshape(0, 0)
     # clone, because contiguous() gives an empty tensor back with the strides it has
     return flat if columns <= 1 or flat.stride(-1) == 1 else flat.clone(memory_format=torch.contiguous_format)
+
+
+def tma_reads(t: torch.Tensor) -> bool:
+    """Whether Hopper's copy unit can read the 16-bit matrix `t` as it lies."""
+    if not t.numel() or t.stride(1) != 1 or t.shape[1] % 8 or t.stride(0) % 8 or t.stride(0) < t.shape[1]:
+        return False
+    return torch.compiler.is_compiling() or t.data_ptr() % 16 == 0

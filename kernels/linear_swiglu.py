@@ -17,9 +17,6 @@ from . import checks, library
 from .matmul import matmul
 from .swiglu import swiglu, swiglu_backward_
 
-#: Under this, tiles of 128 tokens by 256 columns leave too many processors idle.
-_MIN_TOKENS = 1024
-
 
 @torch.no_grad()
 def linear_swiglu(
@@ -110,28 +107,17 @@ def linear_swiglu_backward_(
 
 
 def _choose(x: torch.Tensor, backend: str | None, *matrices: torch.Tensor) -> str:
-    """The backend. Raises ValueError where a forced one can't run."""
-    chosen = backends.choose("linear_swiglu", x, backend)
-    if chosen != "cuda":
-        return chosen
+    """The backend; `matrices` end with gate_up. Raises ValueError where a forced one can't run."""
+    well = all(map(checks.tma_reads, matrices)) and matrices[-1].shape[1] % 16 == 0
     reason = (
         ""
-        if all(map(_lies_well, matrices))
+        if well
         else (
-            f"matrices of shapes {[tuple(t.shape) for t in matrices]} and strides {[t.stride() for t in matrices]}; "
-            "it takes contiguous rows, of widths and strides that are multiples of 8, on addresses of multiples of 16"
+            f"got shapes {[tuple(t.shape) for t in matrices]} and strides {[t.stride() for t in matrices]}, takes contiguous "
+            "rows, of widths and strides that are multiples of 8, on addresses of multiples of 16"
         )
     )
-    if reason and backend == "cuda":
-        raise ValueError(f"backend: linear_swiglu can't run on 'cuda' here: {reason}")
-    return "reference" if reason or (backend is None and len(x) < _MIN_TOKENS) else chosen
-
-
-def _lies_well(t: torch.Tensor) -> bool:
-    """Whether TMA can read it, and its halves."""
-    if not t.numel() or t.stride(1) != 1 or t.shape[1] % 16 or t.stride(0) % 8 or t.stride(0) < t.shape[1]:
-        return False
-    return torch.compiler.is_compiling() or t.data_ptr() % 16 == 0
+    return backends.choose_product("linear_swiglu", x, backend, reason)
 
 
 @library.fake("linear_swiglu_fwd")

@@ -31,6 +31,7 @@ from openllama.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from openllama.ops import (
     attention,
     attention_decode,
+    linear_rotary,
     linear_swiglu,
     linear_swiglu_backward_,
     rotary,
@@ -141,9 +142,13 @@ class Attention:
 
     def forward(self, x: Projection, keep: Recompute | None) -> torch.Tensor:
         (heads, kv_heads, head_dim), s = self.heads, self.sequences
-        inner = x.run()
-        qkv = inner.view(len(inner), heads + 2 * kv_heads, head_dim)
-        rotary(qkv, s.cos, s.sin, s.positions, heads + kv_heads, inplace=True)
+        if x.biases:
+            qkv = x.run().view(len(x.y), -1, head_dim)
+            rotary(qkv, s.cos, s.sin, s.positions, heads + kv_heads, inplace=True)
+        else:
+            qkv = linear_rotary(
+                x.y, x.weights, s.cos, s.sin, s.positions, head_dim, heads + kv_heads, tune=x.tune
+            )
         with torch.set_grad_enabled(keep is not None):
             qkv.requires_grad_(keep is not None)
             shaped = qkv if s.dense_shape is None else qkv.view(*s.dense_shape, *qkv.shape[1:])

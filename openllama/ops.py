@@ -6,6 +6,7 @@ from openllama.kernels.cross_entropy import cross_entropy
 from openllama.kernels.embedding import embedding
 from openllama.kernels.grad_norm import grad_norm
 from openllama.kernels.linear_cross_entropy import linear_cross_entropy
+from openllama.kernels.linear_rotary import linear_rotary
 from openllama.kernels.linear_swiglu import linear_swiglu, linear_swiglu_backward_
 from openllama.kernels.matmul import matmul
 from openllama.kernels.rms_norm import rms_norm
@@ -15,5 +16,5 @@ from openllama.kernels.swiglu import swiglu, swiglu_backward_
 
 __all__ = [
     "adamw", "attention", "attention_decode", "cross_entropy", "embedding", "grad_norm", "linear_cross_entropy",
-    "linear_swiglu", "linear_swiglu_backward_", "matmul", "rms_norm", "rotary", "rotary_pack", "rotary_tables", "swiglu", "swiglu_backward_",
+    "linear_rotary", "linear_swiglu", "linear_swiglu_backward_", "matmul", "rms_norm", "rotary", "rotary_pack", "rotary_tables", "swiglu", "swiglu_backward_",
 ]  # fmt: skip

@@ -84,6 +84,12 @@ def hf_rotary(t, cos, sin):
     return t * cos + torch.cat([-t[..., half:], t[..., :half]], -1) * sin
 
 
+def linear_rotary(x, weight, cos, sin, head_dim, rotated):
+    """The first heads of the projection turned, as transformers does."""
+    heads = F.linear(x, weight).unflatten(-1, (-1, head_dim))
+    return torch.cat([hf_rotary(heads[:, :rotated], cos, sin), heads[:, rotated:]], 1)
+
+
 def swiglu(gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

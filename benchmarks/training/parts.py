@@ -15,7 +15,7 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     ("optimizer", r"adamw|squares_kernel|\bnorm_kernel|_squares|multi_tensor_apply|lpnorm|FusedAdam"),
     # before matrix products: attention kernels are built of them, and some say so
     ("attention", r"flash|fmha|sdpa|cudnn::fusion|attention|attn|AttentionKernel|_dq_dk_dv|dkv_kernel|fwd_splitkv"),
-    ("matrix products", r"linear_swiglu|nvjet|gemm|cutlass|xmma|cublas|splitk|gemv|triton_tem_|scaled_mm|wgrad_alpha"),
+    ("matrix products", r"hopper::product_kernel|nvjet|gemm|cutlass|xmma|cublas|splitk|gemv|triton_tem_|scaled_mm|wgrad_alpha"),
     ("loss", r"CrossEntropy|cross_entropy|openllama.*scale_kernel|LogSoftMax|log_softmax|nll_loss|logsumexp|element_mul_kernel|_fwd_bwd\b"),
     ("attention", r"softmax|SoftMax"),
     ("embedding", r"[Ee]mbedding|indexSelect|vectorized_gather|segment_kernel|RadixSort|sum_and_scatter|compute_grad_weight|krn_partial"),

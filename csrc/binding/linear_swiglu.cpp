@@ -1,28 +1,13 @@
 // linear_swiglu: binding of its CUDA kernels, for Hopper.
-#include "common.h"
+#include "hopper.h"
 
 namespace openllama {
 namespace {
 
 #ifdef USE_CUDA
 
-constexpr int64_t kMultiple =
-    8;  // elements of 16 bytes, which TMA wants addresses and strides to be multiples of
-
-void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns, const Tensor& x) {
-  check_rows(t, name, rows, columns, x);
-  require(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && columns % kMultiple == 0 &&
-              t.stride(0) % kMultiple == 0,
-          "openllama: linear_swiglu takes ", name, " with widths and strides of a multiple of ", kMultiple,
-          ", on an address of one of 16 bytes");
-}
-
 LinearSwiglu arguments(const Tensor& x, const Tensor& gate_up, const OptionalTensor& act) {
   const int64_t tokens = x.size(0), hidden = x.size(1), intermediate = gate_up.size(1) / 2;
-  require(dtype_of(x) != Dtype::f32, "openllama: linear_swiglu takes bfloat16 or float16");
-  require(tokens > 0 && hidden > 0 && intermediate > 0 && tokens <= INT32_MAX / 2 &&
-              hidden <= INT32_MAX / 2 && intermediate <= INT32_MAX / 2,
-          "openllama: linear_swiglu takes sizes from 1 to 2^30 - 1");
   check_matrix(x, "x", tokens, hidden, x);
   check_matrix(gate_up, "gate_up", tokens, 2 * intermediate, x);
   require(intermediate % kMultiple == 0 && gate_up.is_contiguous() && (!act || act->is_contiguous()),

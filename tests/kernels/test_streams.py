@@ -7,7 +7,15 @@ import torch
 
 from openllama.kernels.grad_norm import grad_norm
 from openllama.kernels.scale import scale_
-from openllama.ops import adamw, linear_swiglu, linear_swiglu_backward_, rotary, swiglu_backward_
+from openllama.ops import (
+    adamw,
+    linear_rotary,
+    linear_swiglu,
+    linear_swiglu_backward_,
+    rotary,
+    rotary_tables,
+    swiglu_backward_,
+)
 
 from . import (
     test_adamw,
@@ -79,6 +87,22 @@ def linear_swiglu_case(seed):
     return [random(shape, BF16, "cuda", seed + i, 0.2) for i, shape in enumerate(shapes)], call
 
 
+def linear_rotary_case(seed):
+    cos, sin = rotary_tables(64, 1024, device="cuda")
+
+    def call(inputs, backend):
+        x, weight, positions = inputs
+        backend = {"triton": "reference"}.get(backend, backend)
+        return [linear_rotary(x, [weight], cos, sin, positions, 64, 5, tune=False, backend=backend)]
+
+    positions = torch.randint(1024, (600,), dtype=torch.int32, device="cuda")
+    return [
+        random((600, 256), BF16, "cuda", seed),
+        random((512, 256), BF16, "cuda", seed + 1),
+        positions,
+    ], call
+
+
 def scale_case(seed):
     def call(inputs, backend):
         x = inputs[0].clone()
@@ -119,6 +143,7 @@ CASES = {
     "swiglu": differentiable(test_swiglu.TestSwiglu(), 65, 1024),
     "swiglu_backward_": swiglu_backward_case,
     "linear_swiglu": linear_swiglu_case,
+    "linear_rotary": linear_rotary_case,
     "cross_entropy": differentiable(test_cross_entropy.TestCrossEntropy(), 33, 50_257),
     "cross_entropy in place, capped": differentiable(test_cross_entropy.TestCrossEntropyInPlace(), 33, 50_257),
     "cross_entropy in place": differentiable(CrossEntropyUncapped(), 33, 100_003),
