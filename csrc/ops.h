@@ -96,6 +96,44 @@ struct LinearSwiglu {
   Dtype dtype;
 };
 
+// Of heads in (batch, seq, heads, kHeadDim), in elements; a head's are contiguous.
+struct HeadStrides {
+  int64_t batch, row, head;
+};
+
+constexpr int64_t kHeadDim = 128;        // of attention, the only one so far
+constexpr int64_t kAttentionBlock = 64;  // queries that attention's backward takes at once
+
+// What both passes of attention are told: s = scale q k^T, and of query i, where it is causal, only up to key
+// i + seq_k - seq_q. On Hopper, in 16 bits; addresses are multiples of 16 bytes, strides of 8 elements.
+struct Attention {
+  const void* q;       // (batch, seq_q, heads, kHeadDim)
+  const void *k, *v;   // (batch, seq_k, kv_heads, kHeadDim)
+  int32_t* next_tile;  // one number for the kernels' own use
+  HeadStrides q_strides, k_strides, v_strides;
+  int64_t batch, heads, kv_heads, seq_q, seq_k;
+  float scale;
+  bool causal;
+  Dtype dtype;
+};
+
+// out = softmax(s) v; 0 where a query sees no key
+struct AttentionFwd : Attention {
+  void* out;   // (batch, seq_q, heads, kHeadDim), contiguous
+  float* lse;  // (batch, heads, seq_q): log(sum of exp(s)); -inf where a query sees no key
+};
+
+// With P = exp(s - lse), dP = dout v^T, dS = P (dP - sum(dout out)): dv = P^T dout, dk = scale dS^T q, dq =
+// scale dS k
+struct AttentionBwd : Attention {
+  const void *out, *dout;  // like q; out is contiguous
+  const float* lse;        // (batch, heads, seq_q)
+  void *dq, *dk, *dv;      // like q, k and v
+  float *dq_sum, *stats;   // (batch, heads, blocks of kAttentionBlock queries, kAttentionBlock, kHeadDim) and
+                           // (batch, heads, blocks, 2, kAttentionBlock), for the kernels' own use
+  HeadStrides dout_strides, dq_strides, dk_strides, dv_strides;
+};
+
 // With l = softcap tanh(logits / softcap), or the logits themselves where softcap is 0, and s = logsumexp(l):
 //
 //   loss = s - l[label] + z_loss s^2, and 0 where the label is ignored
@@ -191,6 +229,8 @@ cudaError_t swiglu_bwd(const Swiglu&, cudaStream_t);
 cudaError_t linear_rotary(const LinearRotary&, cudaStream_t);
 cudaError_t linear_swiglu_fwd(const LinearSwiglu&, cudaStream_t);
 cudaError_t linear_swiglu_bwd(const LinearSwiglu&, cudaStream_t);
+cudaError_t attention_fwd(const AttentionFwd&, cudaStream_t);
+cudaError_t attention_bwd(const AttentionBwd&, cudaStream_t);
 cudaError_t cross_entropy_fwd(const CrossEntropy&, cudaStream_t);
 cudaError_t cross_entropy_bwd(const CrossEntropy&, cudaStream_t);
 cudaError_t cross_entropy_fwd_bwd(const CrossEntropy&, cudaStream_t);

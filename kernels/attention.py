@@ -2,10 +2,11 @@
 
     out = softmax(q k^T * scale + mask) v
 
-Vaswani et al., 2017; grouped-query attention (Ainslie et al., 2023) when k and v have fewer heads. PyTorch's fused
-kernels do the work for now: SDPA for dense batches; its varlen kernel for bf16 and fp16 packs on a GPU; for other packs
-SDPA document by document, which on a GPU waits for their lengths. While torch.compile traces, where the lengths are not
-known, those are one SDPA call with a mask, whose work grows with the square of the pack.
+Vaswani et al., 2017; grouped-query attention (Ainslie et al., 2023) when k and v have fewer heads. On Hopper dense batches
+of head_dim 128 run on kernels of ours (csrc/hopper/attention_fwd.cu, attention_bwd.cu), after FlashAttention 3 (Shah et
+al., 2024). All else is PyTorch's fused kernels: SDPA for dense batches; its varlen kernel for bf16 and fp16 packs on a
+GPU; for other packs SDPA document by document, which on a GPU waits for their lengths. While torch.compile traces, where
+the lengths are not known, those are one SDPA call with a mask, whose work grows with the square of the pack.
 
 `attention_decode` is the generation step: one query for each row of a key-value cache.
 """
@@ -20,10 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import backend as backends
-from . import checks
+from . import checks, library
 
 varlen_attn = None
 if torch.backends.cuda.is_built():  # its import takes seconds, and it runs on a GPU only
@@ -37,6 +39,9 @@ _CUDNN_FIRST = (
     (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.mem_efficient_sdp_enabled),
     (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
 )
+
+_HEAD_DIM = 128  # of our kernels
+_MOST_ROWS = 2**30  # theirs, of all heads: tiles are numbered in 32 bits
 
 _VARLEN_DOCUMENTS = 65_535  # the second dimension of its grid
 
@@ -66,23 +71,28 @@ def attention(
         max_seqlen: the longest document, needed with cu_seqlens.
         causal: a token sees itself and what is before it.
         scale: of the scores, above 0; None: head_dim ** -0.5.
-        backend: `torch`, `reference`; None chooses.
+        backend: `cuda` (Hopper, bf16 and fp16, dense, head_dim 128), `torch`, `reference`; None chooses.
 
     Returns:
         q's shape and dtype.
 
+    `cuda` saves q, k, v, out and 4 bytes a query and head. Its dq adds up in any order, so runs may differ in their last
+    bits; where torch is to be deterministic, it is left out.
+
     Raises:
-        TypeError, ValueError: a wrong dtype, shape (k and v as long as q, for now), device or scale. The values of
-        cu_seqlens are checked on the CPU only.
+        TypeError, ValueError: a wrong dtype, shape (k and v as long as q, for now), device or scale, or a backend that
+        can't run. The values of cu_seqlens are checked on the CPU only.
     """
     _check(q, k, v, cu_seqlens, max_seqlen)
-    chosen = backends.choose("attention", q, backend)
+    chosen = _choose(q, cu_seqlens, backend)
     if q.numel() == 0:
         return q + 0 * (k.sum() + v.sum())  # nothing to attend to, but all three are part of the graph
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     checks.in_range("scale", scale, 1e-37, 3e38, "a finite number above 0")
     if chosen == "reference":
         return attention_reference(q, k, v, cu_seqlens, causal=causal, scale=scale)
+    if chosen == "cuda":
+        return _Attention.apply(*map(_loadable, (q, k, v)), scale, causal)
     if not q.is_cuda:
         return _fused(q, k, v, cu_seqlens, max_seqlen, causal, scale)
     out = _fused(*map(_readable, (q, k, v)), cu_seqlens, max_seqlen, causal, scale)
@@ -121,6 +131,61 @@ def attention_decode(
         grouped, k.transpose(1, 2), v.transpose(1, 2), seen[:, None, None], scale=scale
     )
     return out.flatten(1, 2)
+
+
+def _choose(q: torch.Tensor, cu_seqlens: torch.Tensor | None, backend: str | None) -> str:
+    """The backend. Raises ValueError where a forced one can't run."""
+    chosen = backends.choose("attention", q, backend)
+    if chosen != "cuda":
+        return chosen
+    reason = _why_not_ours(q, cu_seqlens)
+    if reason and backend == "cuda":
+        raise ValueError(
+            f"backend: attention can't run on 'cuda' here: {reason}; takes None to choose one that can"
+        )
+    return "torch" if reason else chosen
+
+
+def _why_not_ours(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> str:
+    """Why our kernels can't run on such tensors, of a card and dtype that they run on; empty when they can."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing, and can't see how tensors lie in memory"
+    if cu_seqlens is not None:
+        return "got cu_seqlens, takes dense batches"
+    if q.shape[-1] != _HEAD_DIM:
+        return f"got head_dim {q.shape[-1]}, takes {_HEAD_DIM}"
+    if q.shape[0] * q.shape[2] * (q.shape[1] + _HEAD_DIM) > _MOST_ROWS:
+        return f"got shape {tuple(q.shape)}, takes up to {_MOST_ROWS} rows of all heads"
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch is to be deterministic, and its dq adds up in any order"
+    return ""
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool):
+        out, lse = torch.ops.openllama.attention_fwd(q, k, v, scale, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.causal = scale, causal
+        return out
+
+    @staticmethod
+    @once_differentiable  # a second derivative raises instead of being wrong
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, *_ = saved = ctx.saved_tensors
+        widths = [q.shape[2], k.shape[2], k.shape[2]]
+        # side by side, as the gradient of a packed QKV
+        grads = q.new_empty(*q.shape[:2], sum(widths), q.shape[3]).split(widths, dim=2)
+        torch.ops.openllama.attention_bwd(_loadable(dout), *saved, *grads, ctx.scale, ctx.causal)
+        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad)), None, None
+
+
+def _loadable(t: torch.Tensor) -> torch.Tensor:
+    """`t`, or a copy where TMA could not load it: it wants strides above 0, and all on multiples of 16 bytes."""
+    strides = [stride for size, stride in zip(t.shape[:-1], t.stride()) if size > 1]
+    if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in strides):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 class _ReadableGradient(torch.autograd.Function):
@@ -288,6 +353,17 @@ def _check_decode(q, k, v, lengths) -> None:
     checks.is_integer("lengths", lengths)
     checks.has_shape("lengths", lengths, (len(q),), "rows")
     checks.same_device("lengths", lengths, q.device, "q")
+
+
+@library.fake("attention_fwd")
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool):
+    batch, seq, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, seq), dtype=torch.float32)
+
+
+@library.fake("attention_bwd")
+def _(dout, q, k, v, out, lse, dq, dk, dv, scale: float, causal: bool) -> None:
+    return None
 
 
 def attention_reference(

@@ -36,7 +36,14 @@ TABLE: dict[str, tuple[str, ...]] = {
     "embedding": ("cuda", "triton", "reference"),
     "adamw": ("cuda", "triton", "cpu", "reference"),
     "grad_norm": ("cuda", "triton", "reference"),
-    "attention": ("torch", "reference"),
+    "attention": ("cuda", "torch", "reference"),  # torch for most shapes
+}
+
+#: The shapes that an op's first backend takes, where not all: `explain` knows none. Others go to the next one.
+SHAPES = {
+    "linear_swiglu": "1024 tokens and more",
+    "linear_rotary": "1024 tokens and more, head_dim 64 or 128",
+    "attention": "dense batches of head_dim 128",
 }
 
 NAMES = ("cuda", "cublaslt", "triton", "cpu", "torch", "reference")
@@ -54,7 +61,11 @@ _MAX_CUDA_HIDDEN = 16_384
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _MIN_CAPABILITY = 8  # setup.py compiles for sm_80 and newer
-_HOPPER = {"linear_swiglu", "linear_rotary"}  # ops whose CUDA kernels run there alone, in 16 bits
+_HOPPER = {
+    "linear_swiglu",
+    "linear_rotary",
+    "attention",
+}  # ops whose CUDA kernels run there alone, in 16 bits
 
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"OPENLLAMA_BACKEND: got {FORCED!r}, takes one of {', '.join(NAMES)}")
@@ -135,6 +146,12 @@ def explain(op: str, device: torch.device, dtype: torch.dtype, hidden: int = 0) 
             return Choice(backend, tuple(passed_over))
         passed_over.append((backend, reason))
     raise AssertionError(f"{op} has no reference")
+
+
+def describe(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `explain` names, and for which shapes, where it does not take all."""
+    used = explain(op, device, dtype).backend
+    return f"{used} ({SHAPES[op]})" if op in SHAPES and used == TABLE[op][0] else used
 
 
 def choose(op: str, x: torch.Tensor, backend: str | None, hidden: int = 0) -> str:

@@ -132,7 +132,7 @@ class Sequences:
 class Attention:
     """The middle of the attention half: rotary, and attention over the sequences, or over a cache.
 
-    Its backward is that of PyTorch's kernels, so the piece of graph that they make is what is kept.
+    Its backward is that of the attention's kernels, so the piece of graph that they make is what is kept.
     """
 
     keeps: tuple[Recompute, ...] = ("none", "norm", "mlp")

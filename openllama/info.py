@@ -115,14 +115,13 @@ def _choices(backend) -> str:
 
 
 def _choice(backend, op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend in use, and why not the kernel of ours for this kind of device."""
+    """The backend in use, and why not the kernel of ours for this kind of device (or where not)."""
     choice = backend.explain(op, device, dtype)
     forced = backend.FORCED if backend.FORCED in backend.TABLE[op] else None
     if forced:
         reason = backend.why_not(op, forced, device, dtype)
         return forced, f"can't run: {reason}" if reason else ""
     own = device.type
-    return (
-        choice.backend,
-        "" if choice.backend == own else f"{own}: {backend.why_not(op, own, device, dtype)}",
-    )
+    if choice.backend != own:
+        return choice.backend, f"{own}: {backend.why_not(op, own, device, dtype)}"
+    return own, f"{own}: all but {backend.SHAPES[op]}" if op in backend.SHAPES else ""

@@ -90,7 +90,16 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint6
       "l"(map), "r"(shared(b)), "r"(column), "r"(row)
       : "memory");
 }
-// The same to the same place in each block of the cluster that `blocks` has a bit of, and its barrier.
+// A box of a 4-d tensor, the innermost coordinate first.
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint64_t* b, int x0, int x1,
+                                         int x2, int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
+      "%6}], [%2];" ::"r"(shared(to)),
+      "l"(map), "r"(shared(b)), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+      : "memory");
+}
+// A matrix's to the same place in each block of the cluster that `blocks` has a bit of, and its barrier.
 __device__ __forceinline__ void load_box_for(uint16_t blocks, void* to, const CUtensorMap* map, uint64_t* b,
                                              int column, int row) {
   asm volatile(
@@ -114,11 +123,22 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* fr
                "r"(shared(from)), "r"(column), "r"(row)
                : "memory");
 }
+// Adds contiguous fp32 of shared memory to global memory.
+__device__ __forceinline__ void add_bulk(float* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared(from)), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until at most `pending` groups have still to read shared memory.
 template <int pending>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
+}
+// Until at most `pending` groups have still to write.
+template <int pending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
 }
 // What ordinary stores wrote to shared memory, products and bulk copies may read after this and a barrier.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

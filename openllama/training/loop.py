@@ -324,8 +324,8 @@ class Trainer:
         say(
             f"MFU = tokens/s x FLOP a token / peak; peak {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'N/A here'}"
         )
-        chosen = {op: backend.explain(op, self.device, self.dtype).backend for op in backend.TABLE}
-        say("ops: " + ", ".join(f"{op} {name}" for op, name in chosen.items()))
+        chosen = (f"{op} {backend.describe(op, self.device, self.dtype)}" for op in backend.TABLE)
+        say("ops: " + ", ".join(chosen))
         documents, tokens = sum(map(len, self.sources.values())), sum(s.tokens for s in self.sources.values())
         say(
             f"data: {documents:,} documents, {tokens:,} tokens, {self.loader.packs:,} packs an epoch of "

@@ -221,6 +221,8 @@ KERNELS = {
     f"{OURS}fwd_kernel<__nv_bfloat16>(openllama::cuda::Swiglu)": "swiglu",
     f"{OURS}hopper::product_kernel<Backward<__nv_bfloat16>>(Maps, openllama::LinearSwiglu)": "matrix products",
     f"{OURS}hopper::product_kernel<Turn<__half, 64>>(Maps, openllama::LinearRotary)": "matrix products",
+    f"{OURS}attention_fwd_kernel<__nv_bfloat16, true>(Maps, __nv_bfloat16*, float*, int*, Shape, int)": "attention",
+    f"{OURS}attention_bwd_begin_kernel<__half>(openllama::AttentionBwd, int, int)": "attention",
     f"{OURS}rotary_kernel<__nv_bfloat16, false>(openllama::cuda::Rotary)": "rotary",
     f"{OURS}row_kernel<__nv_bfloat16, true>(openllama::cuda::CrossEntropy, int)": "loss",
     f"{OURS}scale_kernel<__nv_bfloat16>(openllama::cuda::Scale)": "loss",

@@ -6,13 +6,16 @@ import shutil
 import statistics
 import subprocess
 import sys
+import types
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from openllama import info
 from openllama.kernels import backend, library
+from openllama.kernels.attention import _choose as choose_attention
 from openllama.ops import attention, cross_entropy, rms_norm, rotary, swiglu
 
 CPU, F32, F16 = torch.device("cpu"), torch.float32, torch.float16
@@ -96,10 +99,75 @@ def test_a_card_or_driver_that_cannot_run_the_kernels(card, monkeypatch, capabil
         ((9, 0), F16, ""),
     ],
 )
-def test_a_kernel_of_hopper_runs_there_alone(card, capability, dtype, reason):
+@pytest.mark.parametrize("op", ("linear_swiglu", "attention"))
+def test_a_kernel_of_hopper_runs_there_alone(card, op, capability, dtype, reason):
     card(capability, 13000)
-    assert backend.why_not("linear_swiglu", "cuda", torch.device("cuda", 0), dtype) == reason
+    assert backend.why_not(op, "cuda", torch.device("cuda", 0), dtype) == reason
     assert backend.why_not("swiglu", "cuda", torch.device("cuda", 0), dtype) == ""
+
+
+def on_hopper(*shape, dtype=torch.bfloat16):
+    """What `attention` asks of q, of which there is none here."""
+    return types.SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, shape=shape)
+
+
+BORDERS = torch.tensor([0, 2, 4], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "q, cu_seqlens, reason",
+    [
+        (on_hopper(2, 64, 4, 128), None, ""),
+        (on_hopper(2, 64, 4, 128, dtype=F16), None, ""),
+        (on_hopper(1, 1, 1, 128), None, ""),
+        (on_hopper(128, 4, 128), BORDERS, "got cu_seqlens, takes dense batches"),
+        (on_hopper(2, 64, 4, 64), None, "got head_dim 64, takes 128"),
+        (on_hopper(2, 64, 4, 256), None, "got head_dim 256, takes 128"),
+        (on_hopper(2, 64, 4, 128, dtype=F32), None, "no torch.float32 kernel"),
+        (on_hopper(2, 64, 4, 128, dtype=torch.float64), None, "no torch.float64 kernel"),
+        (on_hopper(1 << 14, 1 << 12, 1 << 5, 128), None, "takes up to 1073741824 rows of all heads"),
+    ],
+)
+def test_which_attention_our_kernel_takes(card, q, cu_seqlens, reason):
+    card((9, 0), 13000)
+    assert choose_attention(q, cu_seqlens, None) == ("torch" if reason else "cuda")
+    assert choose_attention(q, cu_seqlens, "torch") == "torch"
+    if reason:
+        with pytest.raises(ValueError, match=f"attention can't run on 'cuda' here: .*{reason}"):
+            choose_attention(q, cu_seqlens, "cuda")
+    else:
+        assert choose_attention(q, cu_seqlens, "cuda") == "cuda"
+
+
+def test_attention_that_must_be_deterministic_or_is_traced_is_torchs(card, monkeypatch):
+    card((9, 0), 13000)
+    q = on_hopper(2, 64, 4, 128)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert choose_attention(q, None, None) == "torch"
+        with pytest.raises(ValueError, match="torch is to be deterministic"):
+            choose_attention(q, None, "cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert choose_attention(q, None, None) == "cuda"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose_attention(q, None, None) == "torch"
+    with pytest.raises(ValueError, match=r"torch\.compile is tracing"):
+        choose_attention(q, None, "cuda")
+
+
+def test_who_can_not_see_shapes_says_for_which(card):
+    card((9, 0), 13000)
+    cuda, bf16 = torch.device("cuda", 0), torch.bfloat16
+    assert backend.describe("attention", cuda, bf16) == "cuda (dense batches of head_dim 128)"
+    assert backend.describe("attention", cuda, F32) == "torch"
+    assert info._choice(backend, "attention", cuda, bf16) == (
+        "cuda",
+        "cuda: all but dense batches of head_dim 128",
+    )
+    assert info._choice(backend, "attention", cuda, F32) == ("torch", "cuda: no torch.float32 kernel")
+    assert info._choice(backend, "swiglu", cuda, bf16) == ("cuda", "")
+    assert set(backend.SHAPES) <= set(backend.TABLE)
 
 
 def test_triton_serves_where_the_library_has_no_cuda(card, monkeypatch):
@@ -181,7 +249,7 @@ X, W = torch.ones(2, 4), torch.ones(4)
         (lambda: rms_norm(X, W, backend="cuda"), "rms_norm can't run on 'cuda' here: the tensors are on cpu; takes None"),
         (lambda: rms_norm(X.half(), W, backend="cpu"), "rms_norm can't run on 'cpu' here: no torch.float16 kernel"),
         (lambda: swiglu(X, backend="cuda"), "swiglu can't run on 'cuda' here: the tensors are on cpu"),
-        (lambda: attention(*[X[None, :, None]] * 3, backend="cuda"), "attention has no cuda kernel yet"),
+        (lambda: attention(*[X[None, :, None]] * 3, backend="cuda"), "attention can't run on 'cuda' here: the tensors are on cpu"),
         (lambda: attention(*[X[None, :, None]] * 3, backend="cpu"), "attention has no cpu kernel"),
         (lambda: cross_entropy(X, torch.tensor([0, 1]), backend="gpu"), "backend: got 'gpu', takes one of cuda, cublaslt, triton, cpu, torch, reference or None"),
     ],

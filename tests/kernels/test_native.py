@@ -163,6 +163,25 @@ def test_no_kernel_spills_registers():
         assert int(stack) == 0 and int(shared) <= 48 * 1024, name
 
 
+@needs_cuda_build
+def test_no_product_is_waited_for_at_once(tmp_path):
+    """Where ptxas can't follow which registers a wgmma still writes, it says so (C75..), which is no warning, and makes
+    the warpgroup wait for each: as many waits as products."""
+    tool = cuobjdump()
+    assert tool, "cuobjdump is missing: pip install triton, which brings it"
+    subprocess.run(
+        [tool, "-xelf", "sm_90a", str(library.PATH)], cwd=tmp_path, check=True, capture_output=True
+    )
+    kernels = 0
+    for path in tmp_path.iterdir():
+        code = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True, check=True).stdout
+        for kernel in code.split("Function : ")[1:]:
+            products, waits = kernel.count(" HGMMA."), kernel.count(" WARPGROUP.")
+            kernels += products > 0
+            assert products == 0 or waits < products, kernel.split("\n")[0]
+    assert kernels >= 8
+
+
 def fat_binary_entries() -> list[tuple[str, str]]:
     """(kind, architecture) of every piece of GPU code in the library, as `cuobjdump --list-elf --list-ptx` shows them.
 

@@ -9,6 +9,7 @@ from openllama.kernels.grad_norm import grad_norm
 from openllama.kernels.scale import scale_
 from openllama.ops import (
     adamw,
+    attention,
     linear_rotary,
     linear_swiglu,
     linear_swiglu_backward_,
@@ -103,6 +104,20 @@ def linear_rotary_case(seed):
     ], call
 
 
+def attention_case(seed):
+    """Of one tile of keys, so that dq adds up in one order."""
+
+    def call(inputs, backend):
+        *tensors, dout = inputs
+        backend = {"triton": "reference"}.get(backend, backend)
+        outputs, grads = run(functools.partial(attention, backend=backend), tensors, douts=[dout])
+        return [*outputs, *grads]
+
+    return [
+        random((5, 128, heads, 128), BF16, "cuda", seed + i) for i, heads in enumerate((4, 2, 2, 4))
+    ], call
+
+
 def scale_case(seed):
     def call(inputs, backend):
         x = inputs[0].clone()
@@ -144,6 +159,7 @@ CASES = {
     "swiglu_backward_": swiglu_backward_case,
     "linear_swiglu": linear_swiglu_case,
     "linear_rotary": linear_rotary_case,
+    "attention": attention_case,
     "cross_entropy": differentiable(test_cross_entropy.TestCrossEntropy(), 33, 50_257),
     "cross_entropy in place, capped": differentiable(test_cross_entropy.TestCrossEntropyInPlace(), 33, 50_257),
     "cross_entropy in place": differentiable(CrossEntropyUncapped(), 33, 100_003),

@@ -1,0 +1,437 @@
+"""attention's kernels on Hopper: both passes against float64, and what tiles, strides and streams may get wrong.
+
+test_attention.py has the rest, on both devices; test_backend.py which calls come here.
+"""
+
+import functools
+import math
+import random as python_random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from openllama.ops import attention
+
+from .contract import BF16, F16, F32
+from .rule import LAYOUTS, all_near, assert_error_rule, gradients_like, laid_out, near, random, run
+from .test_rms_norm import Calls
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="the kernels run on Hopper alone")]
+
+D = 128
+NAN = float("nan")
+ours = functools.partial(attention, backend="cuda")
+
+
+def op(q, k, v, causal=True, scale=None):
+    return ours(q, k, v, causal=causal, scale=scale)
+
+
+def sdpa(q, k, v, causal=True, scale=None):
+    """PyTorch's own kernel for the dtype."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def exact(q, k, v, causal, scale):
+    """out and lse in float64, of any two lengths: the last query is aligned with the last key."""
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(~seen.tril(k.shape[2] - q.shape[2]), -math.inf)
+    lse = scores.logsumexp(-1)
+    probabilities = (scores - lse[..., None]).exp().masked_fill(lse[..., None] == -math.inf, 0)
+    return (probabilities @ v).transpose(1, 2), lse
+
+
+def make(batch, seq, heads, kv_heads, dtype=BF16, seed=0, device="cuda"):
+    """q, k and v as slices of one packed QKV."""
+    widths = [heads, kv_heads, kv_heads]
+    return list(random((batch, seq, sum(widths), D), dtype, device, seed).split(widths, dim=2))
+
+
+def raw_forward(q, k, v, scale=D**-0.5, causal=True):
+    return torch.ops.openllama.attention_fwd(q, k, v, scale, causal)
+
+
+def raw_backward(dout, q, k, v, out, lse, scale=D**-0.5, causal=True, grads=None):
+    grads = [torch.full_like(t, NAN) for t in (q, k, v)] if grads is None else grads
+    torch.ops.openllama.attention_bwd(dout, q, k, v, out, lse, *grads, scale, causal)
+    return grads
+
+
+def raw(tensors, dout, scale=D**-0.5, causal=True):
+    """[out, lse, dq, dk, dv]."""
+    out, lse = raw_forward(*tensors, scale, causal)
+    return [out, lse, *raw_backward(dout, *tensors, out, lse, scale, causal)]
+
+
+def free(gigabytes):
+    if torch.cuda.mem_get_info()[0] < gigabytes * 2**30:
+        pytest.skip(f"needs {gigabytes} GB of free GPU memory")
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("shape", ((1, 1, 1), (3, 4, 2), (1, 8, 1), (3, 3, 3)), ids=str)
+@pytest.mark.parametrize("seq", (1, 63, 64, 65, 127, 128, 129, 1000, 2048))
+def test_error_rule(seq, shape, causal, dtype):
+    """At most twice the error of PyTorch's own kernel."""
+    batch, heads, kv_heads = shape
+    tensors = make(batch, seq, heads, kv_heads, dtype)
+    scale = 0.3 if (batch, heads) == (3, 4) else None
+    floor = 1.0 if seq == 1 else 0.0  # a single key's gradients cancel to 0
+    assert_error_rule(op, sdpa, tensors, (causal, scale), factor=2.0, ulps=0.5, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("seq", (1, 65, 128, 1000))
+def test_lse(seq, causal, dtype):
+    tensors = make(2, seq, 4, 2, dtype)
+    for scale in (D**-0.5, 0.3):
+        _, lse = raw_forward(*tensors, scale, causal)
+        expected = exact(*tensors, causal, scale)[1]
+        assert lse.dtype == F32 and lse.shape == (2, 4, seq)
+        assert (lse - expected).abs().max() <= 2e-5 * max(1, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize(
+    "lengths", ((64, 128), (128, 64), (300, 700), (700, 300), (130, 77), (520, 130), (1, 200), (200, 1)), ids=str
+)  # fmt: skip
+def test_lengths_that_differ(lengths, causal):
+    """CASES 2, of the raw ops: a causal query sees no key that lies behind it, counted from the ends."""
+    seq_q, seq_k = lengths
+    scale = 0.2
+    q = random((2, seq_q, 4, D), BF16, "cuda", 0)
+    k, v = (random((2, seq_k, 2, D), BF16, "cuda", i) for i in (1, 2))
+    dout = random(q.shape, BF16, "cuda", 3)
+    out, lse, *grads = raw((q, k, v), dout, scale, causal)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    exact_out, exact_lse = exact(*leaves, causal, scale)
+    blind = exact_lse == -math.inf
+    assert torch.equal(lse == -math.inf, blind) and bool(blind.any()) == (causal and seq_q > seq_k)
+    assert (lse - exact_lse)[~blind].abs().max() < 1e-4
+    assert (
+        not out.transpose(1, 2)[blind].count_nonzero() and not grads[0].transpose(1, 2)[blind].count_nonzero()
+    )
+    # where a query sees one key alone, dq and dk cancel to 0
+    for ours, theirs in zip(
+        (out, *grads), (exact_out, *torch.autograd.grad(exact_out, leaves, dout.double()))
+    ):
+        near(ours, theirs.to(BF16), 4, floor=0.25)
+
+
+@pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
+def test_large_scores(dtype):
+    """To +-1e4 and beyond: a row's maximum may lie far above its other scores, or fall and rise by thousands."""
+    q, k, v = make(2, 700, 4, 2, dtype)
+    (out,), grads = run(functools.partial(ours, scale=100.0), [q, k, v])
+    expected, lse = exact(q, k, v, True, 100.0)
+    assert lse.abs().max() > 1e3 and all(t.isfinite().all() for t in (out, *grads))
+    near(out, expected.to(dtype), 4)
+    same = torch.full((1, 300, 1, D), 28.0, dtype=dtype, device="cuda")
+    ramp = same * torch.linspace(-1, 1, 300, device="cuda").to(dtype)[None, :, None, None]
+    for tensors in ((same, ramp, ramp), (same, -ramp, ramp), (ramp, ramp, same)):
+        (out,), grads = run(ours, tensors)  # scores to 28 * 28 * 128 / sqrt(128) = 8,869
+        assert all(t.isfinite().all() for t in (out, *grads))
+
+
+def test_infinite_and_nan_stay_in_their_batch_row():
+    for which in range(4):
+        for value in (NAN, math.inf):
+            tensors, dout = make(3, 200, 4, 2), random((3, 200, 4, D), BF16, "cuda", 9)
+            clean = raw(tensors, dout)
+            [*tensors, dout][which][1, 77, 1, 5] = value
+            found = raw(tensors, dout)
+            assert any(t[1].isnan().any() for t in found)
+            for a, b in zip(found, clean):
+                for row in (0, 2):
+                    near(a[row], b[row], 4)  # dq adds up in any order
+
+
+def test_lse_of_a_nan_is_one():
+    q, k, v = make(1, 100, 1, 1)
+    q[0, 30] = NAN
+    out, lse = raw_forward(q, k, v)
+    assert lse[0, 0].isnan().nonzero().flatten().tolist() == [30]
+    assert out[0, :, 0].isnan().all(dim=1).nonzero().flatten().tolist() == [30]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_fuzz(seed):
+    rng = python_random.Random(seed)
+    kv_heads = rng.choice((1, 2, 3))
+    heads, batch = kv_heads * rng.choice((1, 2, 4, 5)), rng.randint(1, 4)
+    seq, dtype = (
+        rng.choice((rng.randint(2, 40), rng.randint(2, 300), rng.randint(300, 900))),
+        rng.choice((BF16, F16)),
+    )
+    tensors = make(batch, seq, heads, kv_heads, dtype, seed)
+    tensors = [laid_out(t, rng.choice(LAYOUTS)) for t in tensors]
+    constants = rng.random() < 0.6, rng.choice((None, 0.02, 0.5))
+    assert_error_rule(op, sdpa, tensors, constants, factor=2.0, ulps=2.0, floor=0.5)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_of_inputs(layout):
+    """CASES 5: what TMA can't load is copied."""
+    tensors = [laid_out(t.contiguous(), layout) for t in make(2, 200, 4, 2)]
+    before = [t.clone() for t in tensors]
+    strided = run(ours, tensors)
+    dense = run(ours, [t.contiguous() for t in tensors])
+    assert torch.equal(strided[0][0], dense[0][0])
+    all_near(strided[1], dense[1], 4, layout, 1.0)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before))
+
+
+@pytest.mark.parametrize("layout", (*LAYOUTS, "heads first", "one for all heads"))
+def test_layout_of_output_gradients(layout):
+    """CASES 3."""
+    tensors = make(2, 200, 4, 2)
+    dout = random((2, 200, 4, D), BF16, "cuda", 9)
+    if layout == "heads first":
+        dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "one for all heads":
+        dout = dout[:, :, :1].expand(dout.shape)
+    else:
+        dout = laid_out(dout, layout)
+    dense = run(ours, tensors, douts=[dout.contiguous()])[1]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    all_near(torch.autograd.grad(ours(*leaves), leaves, dout), dense, 4, layout)
+
+
+def test_gradient_of_a_sum():
+    tensors = make(2, 200, 4, 2)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    ours(*leaves).sum().backward()
+    expected = run(ours, tensors, douts=[torch.ones_like(tensors[0])])[1]
+    all_near([leaf.grad for leaf in leaves], expected, 4, "", 1.0)
+
+
+@pytest.mark.parametrize("seq", (1, 63, 128, 193))
+def test_every_element_is_written_and_none_beside(seq):
+    """Gradients in a packed buffer with room around it; freed memory that new tensors may get is NaN."""
+    q, k, v = make(2, seq, 4, 2)
+    dout = random(q.shape, BF16, "cuda", 9)
+    for _ in range(3):
+        for size in (q.numel() // 2, 2 * 4 * seq):
+            torch.full((size,), NAN, device="cuda")
+        out, lse = raw_forward(q, k, v)
+        assert out.isfinite().all() and lse.isfinite().all()
+    wide = torch.full((2, seq + 2, 10, D), NAN, dtype=BF16, device="cuda")
+    inner = wide[:, 1:-1, 1:-1]
+    grads = inner.split([4, 2, 2], dim=2)
+    raw_backward(dout, q, k, v, out, lse, grads=grads)
+    assert inner.isfinite().all()
+    assert wide.isnan().sum() == wide.numel() - inner.numel()
+    all_near(grads, raw_backward(dout, q, k, v, out, lse), 4, "", 1.0)
+
+
+def test_gradients_lie_side_by_side():
+    """As a packed QKV's does, which they are slices of."""
+    leaves = [t.detach().requires_grad_() for t in make(2, 100, 4, 2)]
+    dq, dk, dv = torch.autograd.grad(ours(*leaves).float().square().sum(), leaves)
+    assert dq.stride() == dk.stride() == dv.stride() == (100 * 8 * D, 8 * D, D, 1)
+    assert (dk.data_ptr() - dq.data_ptr(), dv.data_ptr() - dk.data_ptr()) == (2 * 4 * D, 2 * 2 * D)
+
+
+def test_offsets_past_32_bits():
+    batch, seq, heads = 2100, 256, 32
+    free(40)
+    assert batch * seq * heads * D > 2**31
+    qkv = torch.randn(batch, seq, heads + 2, D, dtype=BF16, device="cuda")
+    dout = torch.randn(batch, seq, heads, D, dtype=BF16, device="cuda")
+    tensors = qkv.split([heads, 1, 1], dim=2)
+    (out,), grads = run(ours, tensors, douts=[dout])
+    last = [t[-2:].clone() for t in tensors]
+    (last_out,), last_grads = run(ours, last, douts=[dout[-2:]])
+    assert torch.equal(out[-2:], last_out)
+    all_near([g[-2:] for g in grads], last_grads, 4)
+
+
+def test_more_sequences_than_a_grid_takes():
+    """CASES 4."""
+    tensors = make(1, 1, 3, 1)
+    tensors = [t.expand(80_000, 2, -1, -1).contiguous() for t in tensors]
+    tensors[2][:, 1] *= torch.arange(80_000, device="cuda").remainder(7)[:, None, None].to(BF16)
+    (out,), grads = run(ours, tensors)
+    theirs = run(sdpa, [t[-9:] for t in tensors], douts=[gradients_like([out])[0][-9:]])
+    all_near([out[-9:], *(g[-9:] for g in grads)], [*theirs[0], *theirs[1]], 4, "", 4.0)
+
+
+@pytest.mark.parametrize("shape", ((0, 5, 4, D), (2, 0, 4, D)), ids=str)
+def test_nothing_to_attend_to(shape):
+    tensors = [torch.zeros(shape, dtype=BF16, device="cuda") for _ in range(3)]
+    (out,), grads = run(ours, tensors)
+    assert out.shape == shape and all(g.shape == shape for g in grads)
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def test_each_gradient_alone_and_no_grad():
+    tensors = make(2, 200, 4, 2)
+    (out,), together = run(ours, tensors)
+    for i in range(3):
+        needs = [j == i for j in range(3)]
+        (one_out,), grads = run(ours, tensors, needs=needs)
+        assert torch.equal(one_out, out) and [g is not None for g in grads] == needs
+        near(grads[i], together[i], 4)
+    kept = []
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        assert torch.equal(ours(*(t.requires_grad_() for t in tensors)), out) and not kept
+
+
+def test_a_second_derivative_raises():
+    leaves = [t.detach().requires_grad_() for t in make(1, 10, 1, 1)]
+    (first,) = torch.autograd.grad(ours(*leaves).sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad|twice differentiable"):
+        first.square().sum().backward()
+
+
+def test_all_but_dq_have_the_same_bits_again():
+    tensors, dout = make(4, 1500, 8, 2), random((4, 1500, 8, D), BF16, "cuda", 9)
+    first = raw(tensors, dout)
+    for _ in range(5):
+        second = raw(tensors, dout)
+        near(second.pop(2), first[2], 2)
+        assert all(torch.equal(a, b) for a, b in zip(second, first[:2] + first[3:]))
+
+
+def test_opcheck():
+    tensors, dout = make(2, 70, 4, 2), random((2, 70, 4, D), BF16, "cuda", 9)
+    torch.library.opcheck(torch.ops.openllama.attention_fwd, (*tensors, D**-0.5, True))
+    out, lse = raw_forward(*tensors)
+    grads = [torch.empty_like(t) for t in tensors]
+    torch.library.opcheck(
+        torch.ops.openllama.attention_bwd, (dout, *tensors, out, lse, *grads, D**-0.5, True)
+    )
+
+
+# ---------------------------------------------------------------- streams, graphs, devices
+
+
+def test_two_streams_at_once():
+    """Each launch counts its tiles by itself."""
+    cases = [
+        (make(batch, seq, 8, 2, seed=batch), random((batch, seq, 8, D), BF16, "cuda", 9))
+        for batch, seq in ((2, 2048), (5, 700))
+    ]
+    expected = [raw(*case) for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(30):
+        for stream, case in zip(streams, cases):
+            with torch.cuda.stream(stream):
+                results.append(raw(*case))
+    torch.cuda.synchronize()
+    for i, found in enumerate(results):
+        out, lse, dq, dk, dv = found
+        whole = expected[i % 2]
+        near(dq, whole[2], 2)
+        assert all(torch.equal(a, b) for a, b in zip((out, lse, dk, dv), (*whole[:2], *whole[3:])))
+
+
+def test_cuda_graph():
+    """Replays read what the inputs are by then, and count their tiles anew."""
+    tensors, dout = make(2, 1000, 8, 2), random((2, 1000, 8, D), BF16, "cuda", 9)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        raw(tensors, dout)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(ours, tensors, douts=[dout])
+    for seed in (2, 3, 4):
+        for t, value in zip(tensors, make(2, 1000, 8, 2, seed=seed)):
+            t.copy_(value)
+        graph.replay()
+        expected = run(ours, tensors, douts=[dout])
+        assert torch.equal(captured[0][0], expected[0][0])
+        all_near(captured[1], expected[1], 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU is here")
+def test_another_device_than_the_current_one():
+    tensors = make(1, 200, 4, 2, device="cuda:1")
+    (out,), grads = run(ours, tensors)
+    (expected,), expected_grads = run(ours, [t.to("cuda:0") for t in tensors])
+    assert torch.cuda.current_device() == 0 and torch.equal(out.to("cuda:0"), expected)
+    all_near([g.to("cuda:0") for g in grads], expected_grads, 2)
+
+
+# ---------------------------------------------------------------- choice and errors
+
+
+def used(q, k, v, *arguments, **options) -> bool:
+    """Whether our kernel ran."""
+    with Calls() as calls:
+        attention(q, k, v, *arguments, **options)
+    return any(name == "attention_fwd" for name, _ in calls.seen)
+
+
+def test_who_comes_here_by_default():
+    q, k, v = make(2, 200, 4, 2)
+    assert used(q, k, v) and used(q, *(t.contiguous() for t in (k, v)), causal=False)
+    assert not used(q, k, v, backend="torch") and not used(q.float(), k.float(), v.float())
+    assert not used(*(t[..., :64] for t in (q, k, v)))
+    borders = torch.tensor([0, 200, 400], dtype=torch.int32, device="cuda")
+    assert not used(*(t.flatten(0, 1) for t in (q, k, v)), borders, 200)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert not used(q, k, v)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_compiled_graph_keeps_torchs():
+    torch._dynamo.reset()
+    tensors = make(2, 200, 4, 2)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    for a, b in zip(run(compiled, tensors), run(attention, tensors, backend="torch")):
+        all_near(a, b, 4)
+
+
+Q, K, V = (torch.zeros(1, 8, heads, D, dtype=BF16) for heads in (4, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q, k, v: (q, k[:, :, :, :64], v), r"k must be \(1, 8, 2, 128\)"),
+        (lambda q, k, v: (q, k, v[:, :7]), r"v must be \(1, 8, 2, 128\)"),
+        (lambda q, k, v: (q[:, :, :3], k, v), "heads that are a multiple of kv_heads"),
+        (lambda q, k, v: (q.float(), k, v), "takes bfloat16 or float16"),
+        (lambda q, k, v: (q, k.half(), v), "k must have its partner's dtype"),
+        (lambda q, k, v: (q, k.cpu(), v), "k must be on its partner's device"),
+        (lambda q, k, v: (q, k[:, :1].expand(k.shape), v), "takes k with a contiguous last dimension, strides"),
+        (lambda q, k, v: (laid_out(q, "misaligned"), k, v), "takes q with a contiguous last dimension, strides"),
+        (lambda q, k, v: (laid_out(q, "every other"), k, v), "takes q with a contiguous last dimension, strides"),
+        (lambda q, k, v: (q[:0], k[:0], v[:0]), "takes sizes of at least 1"),
+    ],
+)  # fmt: skip
+def test_the_raw_op_takes_nothing_that_it_can_not_read(change, message):
+    with pytest.raises(RuntimeError, match=message):
+        raw_forward(*change(*(t.cuda() for t in (Q, K, V))))
+
+
+@pytest.mark.parametrize("scale", (0.0, -1.0, NAN, math.inf))
+def test_the_raw_op_takes_a_scale_above_0(scale):
+    with pytest.raises(RuntimeError, match="takes a finite scale above 0"):
+        raw_forward(*(t.cuda() for t in (Q, K, V)), scale)
