@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 EPS = 1e-6
 
@@ -88,6 +89,16 @@ def linear_rotary(x, weight, cos, sin, head_dim, rotated):
     """The first heads of the projection turned, as transformers does."""
     heads = F.linear(x, weight).unflatten(-1, (-1, head_dim))
     return torch.cat([hf_rotary(heads[:, :rotated], cos, sin), heads[:, rotated:]], 1)
+
+
+def attention(kernel: SDPBackend, q, k, v):
+    """Causal, by one of torch's kernels, of (batch, seq, heads, head_dim)."""
+    grouped = q.shape[2] != k.shape[2]
+    with sdpa_kernel(kernel):
+        out = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, enable_gqa=grouped
+        )
+    return out.transpose(1, 2)
 
 
 def swiglu(gate_up):
