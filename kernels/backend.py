@@ -2,8 +2,8 @@
 
 `cuda`, `triton` and `cpu` are our kernels; `torch` is a fused kernel that PyTorch ships, `cublaslt` NVIDIA's products as we
 call them; `reference` is plain PyTorch and the definition of the op. A caller forces one with `backend=`, a user with OPENLLAMA_BACKEND (read at import) for every op
-that has it; ops that have no such backend choose as if it were not set. A forced backend that can't run raises and
-says why.
+that has it; ops that have no such backend (or, of CUDA kernels for Hopper alone, not on this card) choose as if it were not
+set. A forced backend that can't run raises and says why.
 """
 
 from __future__ import annotations
@@ -61,11 +61,7 @@ _MAX_CUDA_HIDDEN = 16_384
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _MIN_CAPABILITY = 8  # setup.py compiles for sm_80 and newer
-_HOPPER = {
-    "linear_swiglu",
-    "linear_rotary",
-    "attention",
-}  # ops whose CUDA kernels run there alone, in 16 bits
+_HOPPER = {"linear_swiglu", "linear_rotary", "attention"}  # their CUDA kernels run there alone, in 16 bits
 
 if FORCED is not None and FORCED not in NAMES:
     raise ValueError(f"OPENLLAMA_BACKEND: got {FORCED!r}, takes one of {', '.join(NAMES)}")
@@ -159,7 +155,9 @@ def choose(op: str, x: torch.Tensor, backend: str | None, hidden: int = 0) -> st
 
     Raises ValueError where a forced backend can't run.
     """
-    if backend is None and FORCED is not None and FORCED in TABLE[op]:
+    # kernels for one kind of card: a user who asks for CUDA on another means the ops that have it there
+    spared = op in _HOPPER and FORCED == "cuda" and why_not(op, FORCED, x.device, x.dtype, hidden)
+    if backend is None and FORCED is not None and FORCED in TABLE[op] and not spared:
         backend = FORCED
     if backend is None:
         for name in TABLE[op]:

@@ -170,6 +170,18 @@ def test_who_can_not_see_shapes_says_for_which(card):
     assert set(backend.SHAPES) <= set(backend.TABLE)
 
 
+def test_cuda_for_all_ops_spares_those_of_another_card(card, monkeypatch):
+    card((8, 0), 13000)
+    monkeypatch.setattr(backend, "FORCED", "cuda")
+    x = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(
+        backend, "why_not", lambda op, name, *_: "not here" if (op, name) == ("attention", "cuda") else ""
+    )
+    assert backend.choose("attention", x, None) == "torch" and backend.choose("swiglu", x, None) == "cuda"
+    with pytest.raises(ValueError, match="attention can't run on 'cuda' here: not here"):
+        backend.choose("attention", x, "cuda")
+
+
 def test_triton_serves_where_the_library_has_no_cuda(card, monkeypatch):
     card((8, 0), 13000)
     monkeypatch.setattr(library, "has_cuda", False)
