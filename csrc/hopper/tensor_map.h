@@ -27,6 +27,12 @@ inline cudaError_t describe(CUtensorMap& map, Dtype dtype, const void* data, int
         driver ? dlsym(driver, "cuTensorMapEncodeTiled") : nullptr);
   }();
   if (!encode) return cudaErrorSharedObjectSymbolNotFound;
+  // a call of the driver needs a context; a thread of autograd's may not have used the runtime, which makes
+  // it one, yet
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error;
   cuuint64_t sizes[5] = {static_cast<cuuint64_t>(columns)}, bytes[4];
   cuuint32_t box[5] = {kPanel, static_cast<cuuint32_t>(rows), 1, 1, 1}, steps[5] = {1, 1, 1, 1, 1};
   cuuint32_t rank = 1;

@@ -7,6 +7,7 @@ from openllama.ops import linear_swiglu, linear_swiglu_backward_
 
 from .contract import BF16, F16, F32, F64
 from .rule import laid_out, random
+from .test_backend import python
 
 # (tokens, hidden, intermediate): a tile is 128 tokens by 128 or 256 columns, 64 deep; two blocks share a cluster
 SHAPES = (
@@ -204,3 +205,18 @@ def test_a_forced_kernel_says_what_it_takes():
         linear_swiglu(inputs.x, [inputs.w_gate_up], backend="cuda")
     with pytest.raises(ValueError, match=r"no torch\.float32 kernel"):
         linear_swiglu(inputs.x.float(), [inputs.w_gate_up.float()], backend="cuda")
+
+
+@cuda
+def test_a_thread_that_has_not_used_the_gpu_yet():
+    """TMA's descriptors are made by the driver, which needs a context in the thread; autograd's have none at first."""
+    code = """
+import threading, torch
+from openllama.ops import linear_swiglu
+x, w = torch.ones(128, 64, device="cuda").bfloat16(), torch.ones(256, 64, device="cuda").bfloat16()
+thread = threading.Thread(target=lambda: print(linear_swiglu(x, [w], backend="cuda")[1].isfinite().all().item()))
+thread.start()
+thread.join()
+"""
+    result = python(code)
+    assert result.stdout == "True\n", result.stderr
