@@ -31,9 +31,9 @@ def op(q, k, v, causal=True, scale=None):
 
 
 def sdpa(q, k, v, causal=True, scale=None):
-    """PyTorch's own kernel for the dtype, of what it can read."""
+    """PyTorch's own kernel for the dtype, of copies: it reads what does not lie on 16 bytes all the same, and crashes."""
     grouped = q.shape[2] != k.shape[2]
-    q, k, v = (t.contiguous().transpose(1, 2) for t in (q, k, v))
+    q, k, v = (t.clone(memory_format=torch.contiguous_format).transpose(1, 2) for t in (q, k, v))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
