@@ -57,6 +57,17 @@ def rows(t: torch.Tensor, columns: int) -> torch.Tensor:
     return flat if columns <= 1 or flat.stride(-1) == 1 else flat.clone(memory_format=torch.contiguous_format)
 
 
+def linear(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+    """The shapes of `weights`, of what is to be linear layers of x, (tokens, hidden)."""
+    is_float("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, takes (tokens, hidden)")
+    for i, weight in enumerate(weights):
+        same_dtype(f"weights[{i}]", weight, x.dtype, "x")
+        same_device(f"weights[{i}]", weight, x.device, "x")
+    return [tuple(weight.shape) for weight in weights]
+
+
 def tma_reads(t: torch.Tensor) -> bool:
     """Whether Hopper's copy unit can read the 16-bit matrix `t` as it lies."""
     if not t.numel() or t.stride(1) != 1 or t.shape[1] % 8 or t.stride(0) % 8 or t.stride(0) < t.shape[1]:

@@ -14,7 +14,7 @@ import torch
 
 from . import backend as backends
 from . import checks, library
-from .matmul import matmul
+from .matmul import linears
 from .rotary import rotary
 
 _HEAD_DIMS = (64, 128)
@@ -64,22 +64,13 @@ def linear_rotary(
     if backends.choose_product("linear_rotary", x, backend, reason) == "cuda":
         positions = positions.to(torch.int32).contiguous()
         return torch.ops.openllama.linear_rotary(x, list(weights), cos, sin, positions, head_dim, rotated)
-    widths = [len(w) for w in weights]
-    out = x.new_empty(len(x), sum(widths))
-    for weight, part in zip(weights, out.split(widths, dim=1)):
-        matmul(x, weight.t(), part, tune=tune)
+    out = linears(x, weights, tune=tune)
     return rotary(out.view(len(x), heads, head_dim), cos, sin, positions, rotated, inplace=True)
 
 
 def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], head_dim: int, rotated: int) -> int:
     """The number of heads."""
-    checks.is_float("x", x)
-    if x.dim() != 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, takes (tokens, hidden)")
-    for i, weight in enumerate(weights):
-        checks.same_dtype(f"weights[{i}]", weight, x.dtype, "x")
-        checks.same_device(f"weights[{i}]", weight, x.device, "x")
-    shapes = [tuple(weight.shape) for weight in weights]
+    shapes = checks.linear(x, weights)
     if not shapes or any(len(shape) != 2 or shape[1] != x.shape[1] for shape in shapes):
         raise ValueError(f"weights: got shapes {shapes}, takes some of (n, {x.shape[1]})")
     columns = sum(shape[0] for shape in shapes)

@@ -14,7 +14,7 @@ import torch
 
 from . import backend as backends
 from . import checks, library
-from .matmul import matmul
+from .matmul import linears, matmul
 from .swiglu import swiglu, swiglu_backward_
 
 
@@ -36,26 +36,18 @@ def linear_swiglu(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, or a backend that can't run.
     """
-    checks.is_float("x", x)
-    if x.dim() != 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, takes (tokens, hidden)")
-    for i, weight in enumerate(weights):
-        checks.same_dtype(f"weights[{i}]", weight, x.dtype, "x")
-        checks.same_device(f"weights[{i}]", weight, x.device, "x")
-    shapes = [tuple(weight.shape) for weight in weights]
+    shapes = checks.linear(x, weights)
     rows = sum(shape[0] for shape in shapes if shape)
     if len(shapes) not in (1, 2) or rows % 2 or set(shapes) != {(rows // len(shapes), x.shape[1])}:
         raise ValueError(
             f"weights: got shapes {shapes}, takes one (2 * intermediate, {x.shape[1]}) or two of half its rows"
         )
-    gate_up = x.new_empty(len(x), rows)
     halves = weights if len(weights) == 2 else weights[0].chunk(2)
-    if _choose(x, backend, x, *halves, gate_up) == "cuda":
-        act = x.new_empty(len(x), rows // 2)
+    if _choose(x, backend, rows // 2, x, *halves) == "cuda":
+        gate_up, act = x.new_empty(len(x), rows), x.new_empty(len(x), rows // 2)
         torch.ops.openllama.linear_swiglu_fwd(x, *halves, gate_up, act)
         return gate_up, act
-    for weight, part in zip(weights, gate_up.split([len(w) for w in weights], dim=1)):
-        matmul(x, weight.t(), part, tune=tune)
+    gate_up = linears(x, weights, tune=tune)
     return gate_up, swiglu(gate_up)
 
 
@@ -96,7 +88,7 @@ def linear_swiglu_backward_(
     checks.has_shape("gate_up", gate_up, (len(dout), 2 * intermediate), "tokens, 2 * intermediate")
     if not gate_up.is_contiguous():
         raise ValueError(f"gate_up: got strides {gate_up.stride()}, takes a contiguous tensor")
-    if _choose(dout, backend, dout, w_down, gate_up) == "cuda":
+    if _choose(dout, backend, intermediate, dout, w_down, gate_up) == "cuda":
         act = dout.new_empty(len(dout), intermediate) if with_act else None
         torch.ops.openllama.linear_swiglu_bwd_(dout, w_down, gate_up, act)
         torch.autograd.graph.increment_version(gate_up)
@@ -106,9 +98,9 @@ def linear_swiglu_backward_(
     return dact if with_act else None
 
 
-def _choose(x: torch.Tensor, backend: str | None, *matrices: torch.Tensor) -> str:
-    """The backend; `matrices` end with gate_up. Raises ValueError where a forced one can't run."""
-    well = all(map(checks.tma_reads, matrices)) and matrices[-1].shape[1] % 16 == 0
+def _choose(x: torch.Tensor, backend: str | None, intermediate: int, *matrices: torch.Tensor) -> str:
+    """The backend. Raises ValueError where a forced one can't run."""
+    well = all(map(checks.tma_reads, matrices)) and intermediate % 8 == 0
     reason = (
         ""
         if well

@@ -10,6 +10,8 @@ torch takes the first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import backend as backends
@@ -96,6 +98,25 @@ def matmul_reference(
     if accumulate:
         return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+@torch.no_grad()
+def linears(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] = (),
+    *,
+    tune: bool = True,
+) -> torch.Tensor:
+    """The outputs of several linear layers side by side: (tokens, sum of n), of x (tokens, hidden), weights (n, hidden) and,
+    for each of them or none, biases (n,). `tune`: as in `matmul`."""
+    widths = [len(w) for w in weights]
+    out = x.new_empty(len(x), sum(widths))
+    if biases:  # what the products add to: so the sum is rounded once
+        out.copy_(torch.cat(tuple(biases)).expand_as(out))
+    for weight, part in zip(weights, out.split(widths, dim=1)):
+        matmul(x, weight.t(), part, accumulate=bool(biases), tune=tune)
+    return out
 
 
 # ---------------------------------------------------------------- gradients of weights

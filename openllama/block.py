@@ -26,7 +26,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from openllama.kernels import backend, checks
-from openllama.kernels.matmul import give_gradient, linear_weight_gradient, matmul
+from openllama.kernels.matmul import give_gradient, linear_weight_gradient, linears, matmul
 from openllama.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from openllama.ops import (
     attention,
@@ -52,13 +52,7 @@ class Projection(NamedTuple):
 
     def run(self) -> torch.Tensor:
         """(tokens, sum of n)."""
-        widths = [len(w) for w in self.weights]
-        out = self.y.new_empty(len(self.y), sum(widths))
-        if self.biases:  # what the products add to: so the sum is rounded once
-            out.copy_(torch.cat(tuple(self.biases)).expand_as(out))
-        for weight, part in zip(self.weights, out.split(widths, dim=1)):
-            matmul(self.y, weight.t(), part, accumulate=bool(self.biases), tune=self.tune)
-        return out
+        return linears(self.y, self.weights, self.biases, tune=self.tune)
 
 
 class Middle(Protocol):
