@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../common.cuh"
+#include "launch.h"
 #include "pipeline.cuh"
 #include "tensor_map.h"
 #include "wgmma.cuh"
@@ -136,19 +137,6 @@ inline cudaError_t describe_heads(CUtensorMap& map, const Attention& a, const vo
   return describe(
       map, a.dtype, data, kHeadDim,
       {dimension(seq, strides.row), dimension(heads, strides.head), dimension(a.batch, strides.batch)}, rows);
-}
-
-// Gives a block of `kernel` its shared memory, and says how many there are to be: one a processor, at most.
-template <class Kernel>
-cudaError_t prepare(Kernel kernel, int bytes, int64_t tiles, unsigned& blocks) {
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  blocks = static_cast<unsigned>(std::min<int64_t>(tiles, processors));
-  return error;
 }
 
 }  // namespace openllama::cuda::hopper

@@ -459,7 +459,7 @@ cudaError_t launch(const Maps& maps, const AttentionBwd& a, cudaStream_t stream)
   const int tiles = s.tiles * s.batch * s.kv_heads;
   const unsigned around = static_cast<unsigned>(s.batch * s.heads * s.blocks);
   unsigned blocks = 0;
-  cudaError_t error = prepare(kernel, bytes, tiles, blocks);
+  cudaError_t error = prepare(kernel, bytes, 1, tiles, blocks);
   if (error != cudaSuccess) return error;
   attention_bwd_begin_kernel<T><<<around, kThreadsAround, 0, stream>>>(a, s.blocks, static_cast<int>(blocks));
   error = cudaGetLastError();
@@ -473,11 +473,6 @@ cudaError_t launch(const Maps& maps, const AttentionBwd& a, cudaStream_t stream)
   return cudaGetLastError();
 }
 
-template <class T>
-cudaError_t launch_as(const Maps& maps, const AttentionBwd& a, cudaStream_t stream) {
-  return a.causal ? launch<T, true>(maps, a, stream) : launch<T, false>(maps, a, stream);
-}
-
 }  // namespace
 
 cudaError_t attention_bwd(const AttentionBwd& a, cudaStream_t stream) {
@@ -488,8 +483,10 @@ cudaError_t attention_bwd(const AttentionBwd& a, cudaStream_t stream) {
         describe_heads(maps.v, a, a.v, a.v_strides, a.seq_k, a.kv_heads, kKeys),
         describe_heads(maps.dout, a, a.dout, a.dout_strides, a.seq_q, a.heads, kQueries)})
     if (error != cudaSuccess) return error;
-  return a.dtype == Dtype::bf16 ? launch_as<__nv_bfloat16>(maps, a, stream)
-                                : launch_as<__half>(maps, a, stream);
+  return with_half(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    return a.causal ? launch<T, true>(maps, a, stream) : launch<T, false>(maps, a, stream);
+  });
 }
 
 }  // namespace openllama::cuda

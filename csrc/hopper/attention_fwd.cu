@@ -335,16 +335,11 @@ cudaError_t launch(const Maps& maps, const AttentionFwd& a, cudaStream_t stream)
   const Shape s = shape_of(a, a.seq_q, kQueries, a.heads, cached_kv * (a.heads / a.kv_heads));
   const int tiles = s.tiles * s.batch * s.heads;
   unsigned blocks = 0;
-  cudaError_t error = prepare(kernel, bytes, tiles, blocks);
+  cudaError_t error = prepare(kernel, bytes, 1, tiles, blocks);
   if (error == cudaSuccess) error = cudaMemsetAsync(a.next_tile, 0, sizeof(*a.next_tile), stream);
   if (error != cudaSuccess) return error;
   kernel<<<blocks, kThreads, bytes, stream>>>(maps, static_cast<T*>(a.out), a.lse, a.next_tile, s, tiles);
   return cudaGetLastError();
-}
-
-template <class T>
-cudaError_t launch_as(const Maps& maps, const AttentionFwd& a, cudaStream_t stream) {
-  return a.causal ? launch<T, true>(maps, a, stream) : launch<T, false>(maps, a, stream);
 }
 
 }  // namespace
@@ -355,8 +350,10 @@ cudaError_t attention_fwd(const AttentionFwd& a, cudaStream_t stream) {
                                   describe_heads(maps.k, a, a.k, a.k_strides, a.seq_k, a.kv_heads, kKeys),
                                   describe_heads(maps.v, a, a.v, a.v_strides, a.seq_k, a.kv_heads, kKeys)})
     if (error != cudaSuccess) return error;
-  return a.dtype == Dtype::bf16 ? launch_as<__nv_bfloat16>(maps, a, stream)
-                                : launch_as<__half>(maps, a, stream);
+  return with_half(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    return a.causal ? launch<T, true>(maps, a, stream) : launch<T, false>(maps, a, stream);
+  });
 }
 
 }  // namespace openllama::cuda

@@ -19,6 +19,7 @@
 #pragma once
 
 #include "../common.cuh"
+#include "launch.h"
 #include "pipeline.cuh"
 #include "tensor_map.h"
 #include "wgmma.cuh"
@@ -162,26 +163,15 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   cluster_sync();  // until then the other block writes here
 }
 
-// Calls body(T{}) with the 16-bit type.
-template <class F>
-cudaError_t with_half(Dtype dtype, const F& body) {
-  return dtype == Dtype::bf16 ? body(__nv_bfloat16{}) : body(__half{});
-}
-
 template <class Finisher>
 cudaError_t launch(const typename Finisher::Maps& maps, const typename Finisher::Arguments& a,
                    cudaStream_t stream) {
   const auto kernel = product_kernel<Finisher>;
   const int bytes = sizeof(Memory<Finisher>);
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
   const int64_t tiles = ceil_div(Finisher::columns(a), Finisher::step) * ceil_div(a.tokens, kBlocks * kRows);
-  const auto clusters = static_cast<unsigned>(std::min<int64_t>(tiles, processors / kBlocks));
+  unsigned clusters = 0;
+  const cudaError_t error = prepare(kernel, bytes, kBlocks, tiles, clusters);
+  if (error != cudaSuccess) return error;
   kernel<<<clusters * kBlocks, kThreads, bytes, stream>>>(maps, a);
   return cudaGetLastError();
 }

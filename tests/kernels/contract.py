@@ -14,6 +14,24 @@ from .rule import LAYOUTS, all_near, assert_error_rule, gradients_like, laid_far
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
+#: Marks of what calls kernels that only Hopper runs.
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+ON_HOPPER = (pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="the kernels run on Hopper alone"))
+
+#: (device, dtype, backend) of a product that has a kernel there.
+PRODUCTS = [
+    ("cpu", F32, "reference"),
+    ("cpu", F64, "reference"),
+    *(pytest.param("cuda", dtype, "cuda", marks=ON_HOPPER) for dtype in (BF16, F16)),
+    *(pytest.param("cuda", dtype, "reference", marks=pytest.mark.gpu) for dtype in (BF16, F16)),
+]
+
+
+def on_hopper(test):
+    for mark in ON_HOPPER:
+        test = mark(test)
+    return test
+
 
 class Contract:
     """A subclass gives the op, PyTorch's way to write it, its inputs, and the sizes to try.

@@ -5,7 +5,7 @@ import torch
 
 from openllama.ops import linear_rotary, rotary, rotary_tables
 
-from .contract import BF16, F16, F32, F64
+from .contract import BF16, F32, F64, PRODUCTS, on_hopper
 from .rule import laid_out, random
 
 # tokens, hidden, head_dim, (heads of q, k, v)
@@ -17,12 +17,6 @@ SHAPES = (
     (700, 784, 64, (12, 12, 12)),
     (3000, 256, 128, (8, 2, 2)),
 )
-HERE = [
-    ("cpu", F32, "reference"),
-    ("cpu", F64, "reference"),
-    *(pytest.param("cuda", dtype, name, marks=pytest.mark.gpu) for dtype in (BF16, F16) for name in ("cuda", "reference")),
-]  # fmt: skip
-cuda = pytest.mark.gpu
 
 
 class Inputs:
@@ -62,7 +56,7 @@ def close(ours, exact):
 
 @pytest.mark.parametrize("packed", (True, False), ids=("packed", "apart"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("where, dtype, backend", HERE)
+@pytest.mark.parametrize("where, dtype, backend", PRODUCTS)
 def test_against_float64(where, dtype, backend, shape, packed):
     inputs = Inputs(*shape, dtype=dtype, device=where)
     weights = [torch.cat(inputs.weights)] if packed else inputs.weights
@@ -90,7 +84,7 @@ def test_what_the_kernel_does_not_take_is_made_in_turn(device, head_dim, rotary_
     torch.testing.assert_close(inputs.run(), theirs, rtol=2e-2, atol=2e-2 if dtype == BF16 else 1e-4)
 
 
-@cuda
+@on_hopper
 @pytest.mark.parametrize(
     "layout", ("slice", "inner slice", "misaligned", "every other", "transposed", "expanded")
 )
@@ -104,7 +98,7 @@ def test_layouts(layout):
     close(ours, inputs.exact())
 
 
-@cuda
+@on_hopper
 def test_nan_stays_in_its_token():
     inputs = Inputs(1100, 128, 128, (4, 2, 2))
     inputs.x[300, 5] = float("nan")
@@ -112,14 +106,14 @@ def test_nan_stays_in_its_token():
     assert out[300].isnan().all() and out.isnan().sum() == out[300].numel()
 
 
-@cuda
+@on_hopper
 def test_runs_are_bitwise_equal():
     inputs = Inputs(2500, 512, 64, (8, 4, 4))
     runs = [inputs.run(backend="cuda") for _ in range(20)]
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
-@cuda
+@on_hopper
 def test_positions_of_64_bits():
     inputs = Inputs(1100, 64, 64, (2, 2, 2))
     assert torch.equal(
@@ -153,7 +147,7 @@ def test_bad_arguments_are_named(change, error, message):
         Inputs(3, 16, 64, (2, 2, 2), F32, "cpu").run(**change)
 
 
-@cuda
+@on_hopper
 def test_a_forced_kernel_says_what_it_takes():
     with pytest.raises(ValueError, match=r"can't run on 'cuda' here: weights of \[192, 64, 64\] rows"):
         Inputs(200, 64, 64, (3, 1, 1)).run(backend="cuda")

@@ -5,7 +5,7 @@ import torch
 
 from openllama.ops import linear_swiglu, linear_swiglu_backward_
 
-from .contract import BF16, F16, F32, F64
+from .contract import BF16, F64, PRODUCTS, on_hopper
 from .rule import laid_out, random
 from .test_backend import python
 
@@ -21,12 +21,6 @@ SHAPES = (
     (3000, 256, 512),
     (1500, 64, 4096),
 )
-HERE = [
-    ("cpu", F32, "reference"),
-    ("cpu", F64, "reference"),
-    *(pytest.param("cuda", dtype, name, marks=pytest.mark.gpu) for dtype in (BF16, F16) for name in ("cuda", "reference")),
-]  # fmt: skip
-cuda = pytest.mark.gpu
 
 
 class Inputs:
@@ -56,7 +50,7 @@ def close(ours, exact, roundings):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("where, dtype, backend", HERE)
+@pytest.mark.parametrize("where, dtype, backend", PRODUCTS)
 def test_against_float64(where, dtype, backend, shape):
     inputs = Inputs(*shape, dtype=dtype, device=where)
     exact_gate_up, exact_act, exact_gradient = inputs.exact()
@@ -75,7 +69,7 @@ def test_against_float64(where, dtype, backend, shape):
             close(act, exact_act, 2)
 
 
-@cuda
+@on_hopper
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_element_is_written_and_none_beside(shape):
     inputs = Inputs(*shape)
@@ -94,7 +88,7 @@ def test_every_element_is_written_and_none_beside(shape):
         assert t[0].isnan().all() and t[-1].isnan().all()
 
 
-@cuda
+@on_hopper
 @pytest.mark.parametrize(
     "layout", ("slice", "inner slice", "misaligned", "every other", "transposed", "expanded")
 )
@@ -114,7 +108,7 @@ def test_layouts(layout):
     torch.testing.assert_close(gate_up, theirs, rtol=5e-2, atol=5e-2)
 
 
-@cuda
+@on_hopper
 def test_nan_stays_in_its_token():
     inputs = Inputs(1100, 128, 256)
     inputs.x[300, 5] = inputs.dout[301, 7] = float("nan")
@@ -126,7 +120,7 @@ def test_nan_stays_in_its_token():
     assert gate_up.isnan().sum() == 2 * gate_up.shape[1]
 
 
-@cuda
+@on_hopper
 def test_runs_are_bitwise_equal():
     inputs = Inputs(2500, 512, 1408)
     runs = []
@@ -139,7 +133,7 @@ def test_runs_are_bitwise_equal():
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0]))
 
 
-@cuda
+@on_hopper
 def test_offsets_past_32_bits():
     tokens, intermediate = 66_000, 17_000 // 16 * 16
     free = torch.cuda.mem_get_info()[0]
@@ -154,7 +148,7 @@ def test_offsets_past_32_bits():
     torch.testing.assert_close(gate_up[last], theirs[0], rtol=5e-2, atol=5e-2)
 
 
-@cuda
+@on_hopper
 def test_few_tokens_are_left_to_products_of_smaller_tiles(monkeypatch):
     inputs, calls = Inputs(512, 64, 128), []
 
@@ -203,7 +197,7 @@ def test_bad_arguments_are_named(call, error, message):
         call()
 
 
-@cuda
+@on_hopper
 def test_a_forced_kernel_says_what_it_takes():
     inputs = Inputs(256, 68, 128)
     with pytest.raises(ValueError, match=r"can't run on 'cuda' here: .*\(256, 68\).*multiples of"):
@@ -212,7 +206,7 @@ def test_a_forced_kernel_says_what_it_takes():
         linear_swiglu(inputs.x.float(), [inputs.w_gate_up.float()], backend="cuda")
 
 
-@cuda
+@on_hopper
 def test_a_thread_that_has_not_used_the_gpu_yet():
     """TMA's descriptors are made by the driver, which needs a context in the thread; autograd's have none at first."""
     code = """
