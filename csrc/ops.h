@@ -129,9 +129,15 @@ struct AttentionBwd : Attention {
   const void *out, *dout;  // like q; out is contiguous
   const float* lse;        // (batch, heads, seq_q)
   void *dq, *dk, *dv;      // like q, k and v
-  float *dq_sum, *stats;   // (batch, heads, blocks of kAttentionBlock queries, kAttentionBlock, kHeadDim) and
-                           // (batch, heads, blocks, 2, kAttentionBlock), for the kernels' own use
+  // for the kernels' own use: (batch, heads, blocks of kAttentionBlock queries, kAttentionBlock, kHeadDim),
+  // (batch, heads, blocks, 2, kAttentionBlock), (batch, kv_heads)
+  float *dq_sum, *stats;
+  int32_t* set;
   HeadStrides dout_strides, dq_strides, dk_strides, dv_strides;
+  // where rotary turned q, whose gradient is to be that before it; null elsewhere
+  const float *cos, *sin;    // (table_rows, kHeadDim / 2)
+  const int32_t* positions;  // (batch, seq_q)
+  int64_t table_rows;
 };
 
 // With l = softcap tanh(logits / softcap), or the logits themselves where softcap is 0, and s = logsumexp(l):

@@ -161,6 +161,28 @@ def _why_not_ours(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> str:
     return ""
 
 
+def attend_saving(q, k, v, cu_seqlens, max_seqlen) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """out of `attention` as it chooses, and lse, for `gradients`; None where it does not choose our kernels."""
+    _check(q, k, v, cu_seqlens, max_seqlen)
+    if q.numel() == 0 or _choose(q, cu_seqlens, None) != "cuda":
+        return None
+    return torch.ops.openllama.attention_fwd(*map(_loadable, (q, k, v)), q.shape[-1] ** -0.5, True)
+
+
+def gradients(
+    dout, q, k, v, out, lse, scale: float, causal: bool, angles: tuple | None = None
+) -> torch.Tensor:
+    """By our kernels dq, dk and dv side by side, as a packed QKV's; `angles`: cos, sin and positions (int32), by which
+    rotary turned q and k, whose gradients turn back."""
+    q, k, v = map(_loadable, (q, k, v))
+    widths = [q.shape[2], k.shape[2], k.shape[2]]
+    grads = q.new_empty(*q.shape[:2], sum(widths), q.shape[3])
+    torch.ops.openllama.attention_bwd(
+        _loadable(dout), q, k, v, out, lse, *grads.split(widths, dim=2), scale, causal, *angles or [None] * 3
+    )
+    return grads
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool):
@@ -174,9 +196,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, *_ = saved = ctx.saved_tensors
         widths = [q.shape[2], k.shape[2], k.shape[2]]
-        # side by side, as the gradient of a packed QKV
-        grads = q.new_empty(*q.shape[:2], sum(widths), q.shape[3]).split(widths, dim=2)
-        torch.ops.openllama.attention_bwd(_loadable(dout), *saved, *grads, ctx.scale, ctx.causal)
+        grads = gradients(dout, *saved, ctx.scale, ctx.causal).split(widths, dim=2)
         return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad)), None, None
 
 
@@ -362,7 +382,7 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: b
 
 
 @library.fake("attention_bwd")
-def _(dout, q, k, v, out, lse, dq, dk, dv, scale: float, causal: bool) -> None:
+def _(*tensors_and_options) -> None:
     return None
 
 

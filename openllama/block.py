@@ -31,11 +31,12 @@ from openllama.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from openllama.ops import (
     attention,
     attention_decode,
+    attention_qkv,
+    attention_qkv_backward,
     linear_rotary,
     linear_swiglu,
     linear_swiglu_backward_,
     rotary,
-    rotary_pack,
     swiglu,
 )
 
@@ -124,10 +125,7 @@ class Sequences:
 
 
 class Attention:
-    """The middle of the attention half: rotary, and attention over the sequences, or over a cache.
-
-    Its backward is that of the attention's kernels, so the piece of graph that they make is what is kept.
-    """
+    """The middle of the attention half: rotary, and attention over the sequences, or over a cache."""
 
     keeps: tuple[Recompute, ...] = ("none", "norm", "mlp")
 
@@ -143,13 +141,11 @@ class Attention:
             qkv = linear_rotary(
                 x.y, x.weights, s.cos, s.sin, s.positions, head_dim, heads + kv_heads, tune=x.tune
             )
-        with torch.set_grad_enabled(keep is not None):
-            qkv.requires_grad_(keep is not None)
-            shaped = qkv if s.dense_shape is None else qkv.view(*s.dense_shape, *qkv.shape[1:])
-            q, k, v = shaped.split([heads, kv_heads, kv_heads], dim=-2)
-            out = self._attend(q, k, v)
-        if keep:
-            self.kept = q, k, v, out
+        shaped = qkv if s.dense_shape is None else qkv.view(*s.dense_shape, *qkv.shape[1:])
+        if keep and self.cache is None:
+            out, self.kept = attention_qkv(shaped, heads, kv_heads, s.cu_seqlens, s.max_seqlen)
+        else:
+            out = self._attend(*shaped.split([heads, kv_heads, kv_heads], dim=-2))
         return self._flat(out)
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -161,17 +157,13 @@ class Attention:
         return attention(q, k, v, s.cu_seqlens, s.max_seqlen)
 
     def backward(self, dout: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        s = self.sequences
-        *inputs, out = self.kept
-        dout = matmul(dout, w_out)
-        dq, dk, dv = (
-            t.reshape(-1, *t.shape[-2:]) for t in torch.autograd.grad(out, inputs, dout.view(out.shape))
-        )
-        dqkv = rotary_pack(dq, dk, dv, s.cos, s.sin, s.positions, inverse=True)
-        return self._flat(out), dqkv.flatten(1)
+        s, kept = self.sequences, self.kept
+        dout = matmul(dout, w_out).view(kept.out.shape)
+        dqkv = attention_qkv_backward(dout, kept, s.cos, s.sin, s.positions)
+        return self._flat(kept.out.detach()), dqkv.view(len(s.positions), -1)
 
     def _flat(self, out: torch.Tensor) -> torch.Tensor:
-        return out.detach().reshape(len(self.sequences.positions), self.heads.heads * self.heads.head_dim)
+        return out.reshape(len(self.sequences.positions), self.heads.heads * self.heads.head_dim)
 
 
 class Settings(NamedTuple):

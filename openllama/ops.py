@@ -2,6 +2,7 @@
 
 from openllama.kernels.adamw import adamw
 from openllama.kernels.attention import attention, attention_decode
+from openllama.kernels.attention_qkv import attention_qkv, attention_qkv_backward
 from openllama.kernels.cross_entropy import cross_entropy
 from openllama.kernels.embedding import embedding
 from openllama.kernels.grad_norm import grad_norm
@@ -15,6 +16,7 @@ from openllama.kernels.rotary_tables import rotary_tables
 from openllama.kernels.swiglu import swiglu, swiglu_backward_
 
 __all__ = [
-    "adamw", "attention", "attention_decode", "cross_entropy", "embedding", "grad_norm", "linear_cross_entropy",
-    "linear_rotary", "linear_swiglu", "linear_swiglu_backward_", "matmul", "rms_norm", "rotary", "rotary_pack", "rotary_tables", "swiglu", "swiglu_backward_",
+    "adamw", "attention", "attention_decode", "attention_qkv", "attention_qkv_backward", "cross_entropy", "embedding",
+    "grad_norm", "linear_cross_entropy", "linear_rotary", "linear_swiglu", "linear_swiglu_backward_", "matmul", "rms_norm",
+    "rotary", "rotary_pack", "rotary_tables", "swiglu", "swiglu_backward_",
 ]  # fmt: skip

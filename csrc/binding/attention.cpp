@@ -59,6 +59,47 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, double scal
   check_heads(v, "v", batch, seq_k, kv_heads, q);
 }
 
+// Rotary's, by which q and k are turned, or none.
+void set_angles(AttentionBwd& a, const Tensor& q, const OptionalTensor& cos, const OptionalTensor& sin,
+                const OptionalTensor& positions) {
+  require(cos.has_value() == sin.has_value() && cos.has_value() == positions.has_value(),
+          "openllama: attention takes cos, sin and positions together");
+  if (!cos) return;
+  require(cos->dim() == 2 && a.seq_q == a.seq_k,
+          "openllama: cos must be (positions, head_dim / 2), and q as long as k");
+  a.table_rows = cos->size(0);
+  check_flat(*cos, "cos", a.table_rows * kHeadDim / 2, ScalarType::Float, q);
+  check_flat(*sin, "sin", a.table_rows * kHeadDim / 2, ScalarType::Float, q);
+  check_flat(*positions, "positions", a.batch * a.seq_q, ScalarType::Int, q);
+  require(a.batch == 1 || a.dk_strides.batch == a.seq_k * a.dk_strides.row,
+          "openllama: dk must have its sequences one after the other to be turned back");
+  require(a.kv_heads == 1 || a.dk_strides.head == kHeadDim,
+          "openllama: dk must have its heads side by side to be turned back");
+  a.cos = floats(*cos), a.sin = floats(*sin);
+  a.positions = static_cast<const int32_t*>(positions->const_data_ptr());
+}
+
+// What turns dk back, in place.
+Rotary of_keys(const AttentionBwd& a) {
+  return {.x = a.dk,
+          .out = a.dk,
+          .cos = a.cos,
+          .sin = a.sin,
+          .positions = a.positions,
+          .offset = 0,
+          .tokens = a.batch * a.seq_k,
+          .heads = a.kv_heads,
+          .head_dim = kHeadDim,
+          .rotary_dim = kHeadDim,
+          .rotated = a.kv_heads,
+          .x_stride = a.dk_strides.row,
+          .out_stride = a.dk_strides.row,
+          .table_rows = a.table_rows,
+          .interleaved = false,
+          .inverse = true,
+          .dtype = a.dtype};
+}
+
 Tensor new_tile_number(const Tensor& q) { return torch::stable::new_empty(q, {1}, ScalarType::Int); }
 
 std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, double scale, bool causal) {
@@ -75,7 +116,8 @@ std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, double scale, 
 }
 
 void bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dq, Tensor dk,
-              Tensor dv, double scale, bool causal) {
+              Tensor dv, double scale, bool causal, OptionalTensor cos, OptionalTensor sin,
+              OptionalTensor positions) {
   const CudaScope scope(q);
   check_inputs(q, k, v, scale);
   const int64_t batch = q.size(0), seq_q = q.size(1), heads = q.size(2), seq_k = k.size(1),
@@ -90,6 +132,7 @@ void bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
   const int64_t blocks = batch * heads * ((seq_q + kAttentionBlock - 1) / kAttentionBlock);
   const Tensor dq_sum = new_f32(q, {blocks, kAttentionBlock, kHeadDim});
   const Tensor stats = new_f32(q, {blocks, 2, kAttentionBlock}), next_tile = new_tile_number(q);
+  const Tensor set = torch::stable::new_empty(q, {batch * kv_heads}, ScalarType::Int);
   AttentionBwd a{};
   set_arguments(a, q, k, v, next_tile, scale, causal);
   a.out = out.const_data_ptr(), a.lse = floats(lse);
@@ -98,7 +141,10 @@ void bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
   a.dk = dk.mutable_data_ptr(), a.dk_strides = strides_of(dk);
   a.dv = dv.mutable_data_ptr(), a.dv_strides = strides_of(dv);
   a.dq_sum = mutable_floats(dq_sum), a.stats = mutable_floats(stats);
+  a.set = static_cast<int32_t*>(set.mutable_data_ptr());
+  set_angles(a, q, cos, sin, positions);
   check(cuda::attention_bwd(a, scope.stream), "attention_bwd");
+  if (cos) check(cuda::rotary(of_keys(a), scope.stream), "rotary_");
 }
 
 #endif
@@ -110,8 +156,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(openllama, m) {
   m.def("attention_fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) dq, "
-      "Tensor(b!) dk, "
-      "Tensor(c!) dv, float scale, bool causal) -> ()");
+      "Tensor(b!) dk, Tensor(c!) dv, float scale, bool causal, Tensor? cos, Tensor? sin, Tensor? positions)"
+      " -> ()");
 }
 
 #ifdef USE_CUDA

@@ -6,8 +6,9 @@
 // A block owns 128 keys of a key head and goes over the queries that see them, 64 at a time, of all heads
 // that share it: dk and dv stay in registers. P and dS are made transposed, a warpgroup 64 keys, so that they
 // feed dv and dk out of registers; dS goes through shared memory for dq, of which each warpgroup makes half
-// the columns. dq adds up in fp32 in global memory, by bulk reductions in any order, as the products'
-// registers hold it; the kernel after this one scales and rounds it.
+// the columns. dq adds up in fp32 in global memory, as the products' registers hold it: the tile of a head's
+// first keys, which is taken first, sets it, the others add to it by bulk reductions, in any order. The
+// kernel after this one scales and rounds it, and turns it back where rotary turned q.
 #include "attention.cuh"
 
 namespace openllama::cuda {
@@ -18,6 +19,7 @@ using namespace hopper;
 constexpr int kQueries = kAttentionBlock, kKeys = 2 * kRows, kStages = 3;
 constexpr int kThreads = 384, kThreadsAround = 256;  // the latter: of the kernels before and after
 constexpr int64_t kCache = 32 << 20;                 // bytes of L2 for q, dout and the sum of dq
+constexpr int64_t kHeadsTogether = 4;                // which the kernel after turns by the same angles
 constexpr int kBoth = 1;                             // named barrier of both warpgroups
 
 struct Maps {
@@ -38,6 +40,14 @@ struct Memory {
       dout_empty[kStages], dq_full[2], dq_empty[2];
 };
 
+// Two neighbouring pairs (low, high) turn back.
+__device__ __forceinline__ void turn_back(float* low, float* high, const float* cos, const float* sin) {
+  const float2 c = *reinterpret_cast<const float2*>(cos), d = *reinterpret_cast<const float2*>(sin);
+  const float2 x = {low[0], low[1]}, y = {high[0], high[1]};
+  low[0] = x.x * c.x + y.x * d.x, low[1] = x.y * c.y + y.y * d.y;
+  high[0] = y.x * c.x - x.x * d.x, high[1] = y.y * c.y - x.y * d.y;
+}
+
 struct Tile {
   int first_key, kv_head, batch, first;  // the first block of queries that sees any of its keys
 };
@@ -46,18 +56,20 @@ template <bool causal>
 __device__ __forceinline__ Tile tile_of(int index, const Shape& s) {
   const Place place = place_of(index, s, s.batch * s.kv_heads);
   const int key = place.tile * kKeys;  // the first keys are seen by most queries
-  const int first = causal ? max(0, key - (s.seq_k - s.seq_q)) / kQueries : 0;
+  // the first tile sets dq of all queries, also of those that see no key
+  const int first = causal && key > 0 ? max(0, key - (s.seq_k - s.seq_q)) / kQueries : 0;
   return {key, place.which % s.kv_heads, place.which / s.kv_heads, first};
 }
 
 // Calls go(head, i, first) for each block i of queries that sees keys of the tile, of all heads that share
-// it.
+// it, the last queries first: all tiles of a head begin with the same ones.
 template <class F>
 __device__ __forceinline__ void for_queries(const Tile& t, const Shape& s, const F& go) {
 #pragma unroll 1
-  for (int n = 0; n < s.sharing; ++n)
-#pragma unroll 1
-    for (int i = t.first; i < s.blocks; ++i) go(t.kv_head * s.sharing + n, i, n == 0 && i == t.first);
+  for (int i = s.blocks - 1, n = 0; i >= t.first;) {
+    go(t.kv_head * s.sharing + n, i, n == 0 && i == s.blocks - 1);
+    if (++n == s.sharing) n = 0, --i;
+  }
 }
 
 // Of a block of queries, among those of all heads.
@@ -72,9 +84,9 @@ __device__ __forceinline__ void produce(Memory<T>& m, const Maps& maps, const fl
                                         int tiles, int* next_tile) {
   Ring<kStages> ring;
   uint32_t kv_parity = 1;
-  int index = blockIdx.x;  // blocks have a first tile each, and take others as they end
+  int index;
 #pragma unroll 1
-  for (; index < tiles; index = atomicAdd(next_tile, 1)) {
+  while ((index = atomicAdd(next_tile, 1)) < tiles) {
     const Tile t = tile_of<causal>(index, s);
     for_queries(t, s, [&](int head, int i, bool first) {
       const int at = ring.stage;
@@ -105,8 +117,10 @@ __device__ __forceinline__ void produce(Memory<T>& m, const Maps& maps, const fl
 
 // ---------------------------------------------------------------- adding dq to global memory: one thread
 
+// `set`: of each key head, how many steps its first tile has set dq of. That was taken before its others, by
+// a block that runs: what is waited for here comes.
 template <class T, bool causal>
-__device__ __forceinline__ void add_dq(Memory<T>& m, float* dq, const Shape& s, int tiles) {
+__device__ __forceinline__ void add_dq(Memory<T>& m, float* dq, int* set, const Shape& s, int tiles) {
   constexpr int half = kQueries * kWidth / 2;
   uint32_t parity = 0, k_parity = 0;
 #pragma unroll 1
@@ -117,12 +131,23 @@ __device__ __forceinline__ void add_dq(Memory<T>& m, float* dq, const Shape& s, 
     arrive(&m.kv_empty);  // the number is read
     if (index >= tiles) break;
     const Tile t = tile_of<causal>(index, s);
+    int* const done = set + t.batch * s.kv_heads + t.kv_head;
+    const bool sets = t.first_key == 0;
+    int step = 0, seen = 0;
     for_queries(t, s, [&](int head, int i, bool) {
+      ++step;
+      if (!sets && seen < step) {
+        while ((seen = load_acquire(done)) < step);
+        fence_async_global();
+      }
       float* const to = dq + number_of(t, s, head, i) * (2 * half);
 #pragma unroll
       for (int wg = 0; wg < 2; ++wg) {
         wait(&m.dq_full[wg], parity);
-        add_bulk(to + wg * half, m.dq[wg], sizeof(m.dq[0]));
+        if (sets)
+          store_bulk(to + wg * half, m.dq[wg], sizeof(m.dq[0]));
+        else
+          add_bulk(to + wg * half, m.dq[wg], sizeof(m.dq[0]));
         bulk_commit();
       }
       bulk_wait_read<1>();
@@ -130,6 +155,10 @@ __device__ __forceinline__ void add_dq(Memory<T>& m, float* dq, const Shape& s, 
       bulk_wait_read<0>();
       arrive(&m.dq_empty[1]);
       parity ^= 1;
+      if (!sets) return;
+      bulk_wait<0>();
+      fence_async_global();
+      store_release(done, step);
     });
   }
   bulk_wait<0>();
@@ -309,11 +338,10 @@ struct Consumer {
     multiply_keys(x, m.k, m.q[ring.stage]);
     wgmma_wait<0>();
     keep(x);
+    const int masked = s.sharing * (whole - t.first);  // steps, the last ones
     bool first = true;
-    for (int i = t.first, left = s.sharing * (s.blocks - t.first); left > 0; first = false) {
-      step(t, x, i, first, --left == 0, i < whole);
-      if (++i == s.blocks) i = t.first;
-    }
+    for (int left = s.sharing * (s.blocks - t.first); left > 0; first = false, --left)
+      step(t, x, t.first + (left - 1) / s.sharing, first, left == 1, left <= masked);
     wgmma_wait<0>();
     keep(dk);
     release(&m.q_empty[before(ring.stage)]);
@@ -357,7 +385,7 @@ __device__ __forceinline__ void init(Memory<T>& m) {
 template <class T, bool causal>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_bwd_kernel(const __grid_constant__ Maps maps, const float* stats, float* dq, T* dk, T* dv,
-                         const HeadStrides dk_strides, const HeadStrides dv_strides, int* next_tile,
+                         const HeadStrides dk_strides, const HeadStrides dv_strides, int* next_tile, int* set,
                          const Shape s, int tiles) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& m = *reinterpret_cast<Memory<T>*>(raw);
@@ -366,7 +394,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < 128) {
     give_registers<24>();
     if (threadIdx.x == 0) produce<T, causal>(m, maps, stats, s, tiles, next_tile);
-    if (threadIdx.x == 32) add_dq<T, causal>(m, dq, s, tiles);
+    if (threadIdx.x == 32) add_dq<T, causal>(m, dq, set, s, tiles);
   } else {
     take_registers<240>();
     Consumer<T, causal> c(m, s);
@@ -381,70 +409,101 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// Of a block of queries: delta, and lse in base 2, padded with what makes P zero; and an empty sum for dq.
-// The first tile to be taken is the one behind those that blocks begin with.
+// Of a block of queries: delta, and lse in base 2, padded with what makes P zero. And none set, none taken.
 template <class T>
 __global__ void __launch_bounds__(kThreadsAround)
-    attention_bwd_begin_kernel(const AttentionBwd a, int blocks, int first_taken) {
-  constexpr int lanes = kWidth / kPack<T>, rows = kThreadsAround / lanes;
-  const int i = blockIdx.x % blocks, lane = threadIdx.x % lanes;
+    attention_bwd_begin_kernel(const AttentionBwd a, int blocks) {
+  constexpr int lanes = kWidth / kPack<T>, step = kThreadsAround / lanes, mine = kQueries / step;
+  const int lane = threadIdx.x % lanes, own = threadIdx.x / lanes;
   const int64_t head = blockIdx.x / blocks, batch = head / a.heads, which = head % a.heads;
+  const int64_t first = int64_t(blockIdx.x % blocks) * kQueries;
   const T* const out =
       static_cast<const T*>(a.out) + (batch * a.seq_q * a.heads + which) * kWidth + lane * kPack<T>;
   const T* const dout = static_cast<const T*>(a.dout) + batch * a.dout_strides.batch +
                         which * a.dout_strides.head + lane * kPack<T>;
+  Vec<T, kPack<T>> o[mine], d[mine];
+  float lse[mine];
+#pragma unroll
+  for (int n = 0; n < mine; ++n) {
+    const int64_t row = min(first + own + n * step, a.seq_q - 1);
+    o[n] = load<kPack<T>>(out + row * a.heads * kWidth),
+    d[n] = load<kPack<T>>(dout + row * a.dout_strides.row);
+    lse[n] = a.lse[head * a.seq_q + row];
+  }
   float* const stats = a.stats + int64_t(blockIdx.x) * (2 * kQueries);
 #pragma unroll
-  for (int r = threadIdx.x / lanes; r < kQueries; r += rows) {
-    const int64_t row = int64_t(i) * kQueries + r;
+  for (int n = 0; n < mine; ++n) {
     float sum = 0;
-    if (row < a.seq_q) {
-      const auto o = load<kPack<T>>(out + row * a.heads * kWidth),
-                 d = load<kPack<T>>(dout + row * a.dout_strides.row);
 #pragma unroll
-      for (int e = 0; e < kPack<T>; ++e) sum += o[e] * d[e];
-    }
+    for (int e = 0; e < kPack<T>; ++e) sum += o[n][e] * d[n][e];
     sum = warp_sum(sum, lanes);
     if (lane) continue;
-    const float lse = row < a.seq_q ? a.lse[head * a.seq_q + row] : INFINITY;
-    stats[r] = lse == -INFINITY ? INFINITY : lse * kLog2e;
-    stats[kQueries + r] = sum;
+    const int row = own + n * step;
+    const bool sees_none = first + row >= a.seq_q || lse[n] == -INFINITY;
+    stats[row] = sees_none ? INFINITY : lse[n] * kLog2e;
+    stats[kQueries + row] = first + row < a.seq_q ? sum : 0;
   }
-  float4* const empty = reinterpret_cast<float4*>(a.dq_sum) + int64_t(blockIdx.x) * (kQueries * kWidth / 4);
-#pragma unroll
-  for (int k = threadIdx.x; k < kQueries * kWidth / 4; k += kThreadsAround)
-    empty[k] = make_float4(0, 0, 0, 0);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *a.next_tile = first_taken;
+  if (threadIdx.x > 0) return;
+  if (first == 0 && which % (a.heads / a.kv_heads) == 0)
+    a.set[batch * a.kv_heads + which * a.kv_heads / a.heads] = 0;
+  if (blockIdx.x == 0) *a.next_tile = 0;
 }
 
-// dq, scaled and rounded, out of the order of the products' registers: float4 j of thread t of warpgroup w is
-// rows 16 (t / 32) + t % 32 / 4 and 8 below, columns 64 w + 8 j + 2 (t % 4) and one more. Through shared
-// memory, to write rows.
+// dq of a block of queries and some heads, scaled and rounded, out of the order of the products' registers:
+// float4 j of thread t of warpgroup w is rows 16 (t / 32) + t % 32 / 4 and 8 below, columns w kWidth / 2 + 8
+// j
+// + 2 (t % 4) and one more. A thread takes the same of both warpgroups, which rotary has as pairs. Through
+// shared memory, to write rows.
 template <class T>
-__global__ void __launch_bounds__(kThreadsAround) attention_bwd_end_kernel(const AttentionBwd a, int blocks) {
-  constexpr int parts = kWidth / kPack<T>;
+__global__ void __launch_bounds__(kThreadsAround, 2)
+    attention_bwd_end_kernel(const AttentionBwd a, int blocks) {
+  constexpr int parts = kWidth / kPack<T>, half_sum = kQueries * kWidth / 8, mine = kWidth / 32;
   // 16 bytes more to a row, so that rows lie in other banks
   __shared__ __align__(16) T tile[kQueries][kWidth + kPack<T>];
-  const int i = blockIdx.x % blocks, wg = threadIdx.x / 128, t = threadIdx.x % 128;
-  const int64_t head = blockIdx.x / blocks;
-  const float4* const from = reinterpret_cast<const float4*>(a.dq_sum) +
-                             (2 * int64_t(blockIdx.x) + wg) * (kQueries * kWidth / 8) + t;
-  const int first = t / 32 * 16 + t % 32 / 4;
+  const int t = threadIdx.x % 128, own = t / 32 * 16 + t % 32 / 4, j = threadIdx.x / 128 * mine;
+  const int column = 8 * j + 2 * (t % 4);
+  const int64_t batch = blockIdx.x / blocks, first = int64_t(blockIdx.x % blocks) * kQueries;
+  float cos[2][mine][2], sin[2][mine][2];
+  if (a.cos)
 #pragma unroll
-  for (int j = 0; j < kWidth / 16; ++j) {
-    const float4 z = from[128 * j];
-    const int column = wg * (kWidth / 2) + 8 * j + 2 * (t % 4);
-    *reinterpret_cast<uint32_t*>(&tile[first][column]) = Pair<T>::of(a.scale * z.x, a.scale * z.y);
-    *reinterpret_cast<uint32_t*>(&tile[first + 8][column]) = Pair<T>::of(a.scale * z.z, a.scale * z.w);
-  }
-  __syncthreads();
-  T* const dq =
-      static_cast<T*>(a.dq) + head / a.heads * a.dq_strides.batch + head % a.heads * a.dq_strides.head;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t position = a.positions[batch * a.seq_q + min(first + own + 8 * half, a.seq_q - 1)];
+      require(position >= 0 && position < a.table_rows, "attention: a position is outside rotary's tables");
+      const int64_t at = position * (kWidth / 2) + column;
 #pragma unroll
-  for (int k = threadIdx.x; k < kQueries * parts; k += kThreadsAround) {
-    const int r = k / parts, column = k % parts * kPack<T>;
-    const int64_t row = int64_t(i) * kQueries + r;
-    if (row < a.seq_q) store(dq + row * a.dq_strides.row + column, load<kPack<T>>(&tile[r][column]));
+      for (int n = 0; n < mine; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          cos[half][n][e] = a.cos[at + 8 * n + e], sin[half][n][e] = a.sin[at + 8 * n + e];
+    }
+#pragma unroll 1
+  for (int64_t head = blockIdx.y * kHeadsTogether; head < min((blockIdx.y + 1) * kHeadsTogether, a.heads);
+       ++head) {
+    const float4* const from = reinterpret_cast<const float4*>(a.dq_sum) +
+                               ((batch * a.heads + head) * blocks + blockIdx.x % blocks) * (2 * half_sum) +
+                               128 * j + t;
+    float4 x[mine], y[mine];
+#pragma unroll
+    for (int n = 0; n < mine; ++n) x[n] = from[128 * n], y[n] = from[half_sum + 128 * n];
+    __syncthreads();  // the head before is written
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int n = 0; n < mine; ++n) {
+        float *const low = &x[n].x + 2 * half, *const high = &y[n].x + 2 * half;
+        if (a.cos) turn_back(low, high, cos[half][n], sin[half][n]);
+        T* const to = &tile[own + 8 * half][column + 8 * n];
+        *reinterpret_cast<uint32_t*>(to) = Pair<T>::of(a.scale * low[0], a.scale * low[1]);
+        *reinterpret_cast<uint32_t*>(to + kWidth / 2) = Pair<T>::of(a.scale * high[0], a.scale * high[1]);
+      }
+    __syncthreads();
+    T* const dq = static_cast<T*>(a.dq) + batch * a.dq_strides.batch + head * a.dq_strides.head;
+#pragma unroll
+    for (int k = threadIdx.x; k < kQueries * parts; k += kThreadsAround) {
+      const int r = k / parts, part = k % parts * kPack<T>;
+      if (first + r < a.seq_q)
+        store(dq + (first + r) * a.dq_strides.row + part, load<kPack<T>>(&tile[r][part]));
+    }
   }
 }
 
@@ -461,15 +520,16 @@ cudaError_t launch(const Maps& maps, const AttentionBwd& a, cudaStream_t stream)
   unsigned blocks = 0;
   cudaError_t error = prepare(kernel, bytes, 1, tiles, blocks);
   if (error != cudaSuccess) return error;
-  attention_bwd_begin_kernel<T><<<around, kThreadsAround, 0, stream>>>(a, s.blocks, static_cast<int>(blocks));
+  attention_bwd_begin_kernel<T><<<around, kThreadsAround, 0, stream>>>(a, s.blocks);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   kernel<<<blocks, kThreads, bytes, stream>>>(maps, a.stats, a.dq_sum, static_cast<T*>(a.dk),
                                               static_cast<T*>(a.dv), a.dk_strides, a.dv_strides, a.next_tile,
-                                              s, tiles);
+                                              a.set, s, tiles);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  attention_bwd_end_kernel<T><<<around, kThreadsAround, 0, stream>>>(a, s.blocks);
+  const dim3 ends(s.batch * s.blocks, static_cast<unsigned>(ceil_div(a.heads, kHeadsTogether)));
+  attention_bwd_end_kernel<T><<<ends, kThreadsAround, 0, stream>>>(a, s.blocks);
   return cudaGetLastError();
 }
 

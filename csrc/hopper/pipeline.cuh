@@ -123,6 +123,12 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* fr
                "r"(shared(from)), "r"(column), "r"(row)
                : "memory");
 }
+// Contiguous bytes, a multiple of 16, to global memory.
+__device__ __forceinline__ void store_bulk(void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared(from)),
+               "r"(bytes)
+               : "memory");
+}
 // Adds contiguous fp32 of shared memory to global memory.
 __device__ __forceinline__ void add_bulk(float* to, const void* from, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
@@ -142,6 +148,23 @@ __device__ __forceinline__ void bulk_wait() {
 }
 // What ordinary stores wrote to shared memory, products and bulk copies may read after this and a barrier.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The same for global memory: between a bulk copy, waited for, and the flag that says so; and between a flag
+// and a bulk copy.
+__device__ __forceinline__ void fence_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// ---------------------------------------------------------------- flags in global memory
+
+__device__ __forceinline__ int load_acquire(const int* flag) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_release(int* flag, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
 
 // ---------------------------------------------------------------- registers
 

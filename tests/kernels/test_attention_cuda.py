@@ -22,6 +22,7 @@ pytestmark = list(ON_HOPPER)
 
 D = 128
 NAN = float("nan")
+NO_ANGLES = [None] * 3  # cos, sin, positions
 ours = functools.partial(attention, backend="cuda")
 
 
@@ -63,7 +64,7 @@ def raw_forward(q, k, v, scale=D**-0.5, causal=True):
 
 def raw_backward(dout, q, k, v, out, lse, scale=D**-0.5, causal=True, grads=None):
     grads = [torch.full_like(t, NAN) for t in (q, k, v)] if grads is None else grads
-    torch.ops.openllama.attention_bwd(dout, q, k, v, out, lse, *grads, scale, causal)
+    torch.ops.openllama.attention_bwd(dout, q, k, v, out, lse, *grads, scale, causal, *NO_ANGLES)
     return grads
 
 

@@ -5,7 +5,7 @@ import torch
 
 from .contract import BF16, ON_HOPPER
 from .rule import LAYOUTS, all_near, gradients_like, laid_out, near, random, run
-from .test_attention_cuda import NAN, D, make, ours, raw, raw_backward, raw_forward, sdpa
+from .test_attention_cuda import NAN, NO_ANGLES, D, make, ours, raw, raw_backward, raw_forward, sdpa
 
 pytestmark = list(ON_HOPPER)
 
@@ -150,7 +150,7 @@ def test_opcheck():
     out, lse = raw_forward(*tensors)
     grads = [torch.empty_like(t) for t in tensors]
     torch.library.opcheck(
-        torch.ops.openllama.attention_bwd, (dout, *tensors, out, lse, *grads, D**-0.5, True)
+        torch.ops.openllama.attention_bwd, (dout, *tensors, out, lse, *grads, D**-0.5, True, *NO_ANGLES)
     )
 
 
