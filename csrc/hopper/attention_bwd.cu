@@ -15,49 +15,60 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kQueries = kAttentionBlock, kKeys = 2 * kRows, kStages = 3;
-constexpr int kThreads = 384, kThreadsAround = 256;  // the latter: of the kernels before and after
-constexpr int64_t kCache = 32 << 20;                 // bytes of L2 for q, dout and the sum of dq
-constexpr int kBoth = 1;                             // named barrier of both warpgroups
+constexpr int kQueries = kAttentionBlock, kKeys = 2 * kRows;
+constexpr int kThreads = 384;
+constexpr int64_t kCache = 32 << 20;  // bytes of L2 for q, dout and the sum of dq
+constexpr int kBoth = 1;              // named barrier of both warpgroups
+
+// What a head's width asks for. dq is made for as many blocks of queries that each warpgroup has 64 rows of
+// 64 columns: of one block half the columns, or, where that is all of them, one of two blocks.
+template <int width>
+struct Plan {
+  static constexpr int panels = width / kPanel;
+  static constexpr int loading = width == 64 ? 40 : 24, computing = width == 64 ? 232 : 240;  // registers
+  static constexpr int blocks = 2 / panels;           // of queries, to a product for dq
+  static constexpr int stages = width == 64 ? 4 : 3;  // blocks of queries under way
+  static constexpr int tiles = width == 64 ? 2 : 1;   // tiles' keys under way
+};
 
 struct Maps {
   CUtensorMap q, k, v, dout;
 };
 
-template <class T>
+template <class T, class P>
 struct Memory {
-  alignas(1024) T k[kPanels][kKeys][kPanel];
-  alignas(1024) T v[kPanels][kKeys][kPanel];
-  alignas(1024) T q[kStages][kPanels][kQueries][kPanel];
-  alignas(1024) T dout[kStages][kPanels][kQueries][kPanel];
-  alignas(1024) T ds[2][kKeys][kPanel];              // dS^T
-  alignas(1024) float dq[2][kQueries * kWidth / 2];  // of each warpgroup
-  alignas(16) float stats[kStages][2][kQueries];     // of each query: lse in base 2, delta
-  int tile;                                          // its number, while k and v are there
-  uint64_t k_full, v_full, kv_empty, q_full[kStages], q_empty[kStages], dout_full[kStages],
-      dout_empty[kStages], dq_full[2], dq_empty[2];
+  alignas(1024) T k[P::tiles][P::panels][kKeys][kPanel];
+  alignas(1024) T v[P::tiles][P::panels][kKeys][kPanel];
+  alignas(1024) T q[P::stages][P::panels][kQueries][kPanel];
+  alignas(1024) T dout[P::stages][P::panels][kQueries][kPanel];
+  alignas(1024) T ds[2][P::blocks][kKeys][kPanel];  // dS^T
+  alignas(1024) float dq[2][kPart];                 // of each warpgroup
+  alignas(16) float stats[P::stages][2][kQueries];  // of each query: lse in base 2, delta
+  int tile[P::tiles];                               // its number, while k and v are there
+  uint64_t k_full[P::tiles], v_full[P::tiles], kv_empty[P::tiles], q_full[P::stages], q_empty[P::stages],
+      dout_full[P::stages], dout_empty[P::stages], ds_full, dq_full[2], dq_empty[2];
 };
 
 struct Tile {
   int first_key, kv_head, batch, first;  // the first block of queries that sees any of its keys
 };
 
-template <bool causal>
+template <class P>
 __device__ __forceinline__ Tile tile_of(int index, const Shape& s) {
   const Place place = place_of(index, s, s.batch * s.kv_heads);
   const int key = place.tile * kKeys;  // the first keys are seen by most queries
-  const int first = causal ? max(0, key - (s.seq_k - s.seq_q)) / kQueries : 0;
+  const int first = max(0, key - s.ahead) / (P::blocks * kQueries) * P::blocks;
   return {key, place.which % s.kv_heads, place.which / s.kv_heads, first};
 }
 
-// Calls go(head, i, first) for each block i of queries that sees keys of the tile, of all heads that share
-// it.
-template <class F>
+// Calls go(head, i, first) for every `step`th block i of queries that sees keys of the tile, of all heads
+// that share it.
+template <int step, class F>
 __device__ __forceinline__ void for_queries(const Tile& t, const Shape& s, const F& go) {
 #pragma unroll 1
   for (int n = 0; n < s.sharing; ++n)
 #pragma unroll 1
-    for (int i = t.first; i < s.blocks; ++i) go(t.kv_head * s.sharing + n, i, n == 0 && i == t.first);
+    for (int i = t.first; i < s.blocks; i += step) go(t.kv_head * s.sharing + n, i, n == 0 && i == t.first);
 }
 
 // Of a block of queries, among those of all heads.
@@ -67,16 +78,16 @@ __device__ __forceinline__ int64_t number_of(const Tile& t, const Shape& s, int 
 
 // ---------------------------------------------------------------- loading: one thread
 
-template <class T, bool causal>
-__device__ __forceinline__ void produce(Memory<T>& m, const Maps& maps, const float* stats, const Shape& s,
+template <class T, class P>
+__device__ __forceinline__ void produce(Memory<T, P>& m, const Maps& maps, const float* stats, const Shape& s,
                                         int tiles, int* next_tile) {
-  Ring<kStages> ring;
-  uint32_t kv_parity = 1;
+  Ring<P::stages> ring;
+  Ring<P::tiles> kv;
   int index = blockIdx.x;  // blocks have a first tile each, and take others as they end
 #pragma unroll 1
   for (; index < tiles; index = atomicAdd(next_tile, 1)) {
-    const Tile t = tile_of<causal>(index, s);
-    for_queries(t, s, [&](int head, int i, bool first) {
+    const Tile t = tile_of<P>(index, s);
+    for_queries<1>(t, s, [&](int head, int i, bool first) {
       const int at = ring.stage;
       wait(&m.q_empty[at], ring.parity ^ 1);
       arrive_expecting(&m.q_full[at], sizeof(m.q[0]) + sizeof(m.stats[0]));
@@ -84,13 +95,13 @@ __device__ __forceinline__ void produce(Memory<T>& m, const Maps& maps, const fl
                 &m.q_full[at]);
       load_rows(m.q[at], maps.q, &m.q_full[at], i * kQueries, head, t.batch);
       if (first) {  // after the first queries, as the room of keys is taken longer
-        wait(&m.kv_empty, kv_parity);
-        kv_parity ^= 1;
-        m.tile = index;
-        arrive_expecting(&m.k_full, sizeof(m.k));
-        load_rows(m.k, maps.k, &m.k_full, t.first_key, t.kv_head, t.batch);
-        arrive_expecting(&m.v_full, sizeof(m.v));
-        load_rows(m.v, maps.v, &m.v_full, t.first_key, t.kv_head, t.batch);
+        wait(&m.kv_empty[kv.stage], kv.parity ^ 1);
+        m.tile[kv.stage] = index;
+        arrive_expecting(&m.k_full[kv.stage], sizeof(m.k[0]));
+        load_rows(m.k[kv.stage], maps.k, &m.k_full[kv.stage], t.first_key, t.kv_head, t.batch);
+        arrive_expecting(&m.v_full[kv.stage], sizeof(m.v[0]));
+        load_rows(m.v[kv.stage], maps.v, &m.v_full[kv.stage], t.first_key, t.kv_head, t.batch);
+        kv.next();
       }
       wait(&m.dout_empty[at], ring.parity ^ 1);
       arrive_expecting(&m.dout_full[at], sizeof(m.dout[0]));
@@ -98,31 +109,31 @@ __device__ __forceinline__ void produce(Memory<T>& m, const Maps& maps, const fl
       ring.next();
     });
   }
-  wait(&m.kv_empty, kv_parity);
-  m.tile = index;  // none
-  arrive(&m.k_full);
+  wait(&m.kv_empty[kv.stage], kv.parity ^ 1);
+  m.tile[kv.stage] = index;  // none
+  arrive(&m.k_full[kv.stage]);
 }
 
 // ---------------------------------------------------------------- adding dq to global memory: one thread
 
-template <class T, bool causal>
-__device__ __forceinline__ void add_dq(Memory<T>& m, float* dq, const Shape& s, int tiles) {
-  constexpr int half = kQueries * kWidth / 2;
-  uint32_t parity = 0, k_parity = 0;
+template <class T, class P>
+__device__ __forceinline__ void add_dq(Memory<T, P>& m, float* dq, const Shape& s, int tiles) {
+  uint32_t parity = 0;
+  Ring<P::tiles> kv;
 #pragma unroll 1
   for (;;) {
-    wait(&m.k_full, k_parity);
-    k_parity ^= 1;
-    const int index = m.tile;
-    arrive(&m.kv_empty);  // the number is read
+    wait(&m.k_full[kv.stage], kv.parity);
+    const int index = m.tile[kv.stage];
+    arrive(&m.kv_empty[kv.stage]);  // the number is read
+    kv.next();
     if (index >= tiles) break;
-    const Tile t = tile_of<causal>(index, s);
-    for_queries(t, s, [&](int head, int i, bool) {
-      float* const to = dq + number_of(t, s, head, i) * (2 * half);
+    const Tile t = tile_of<P>(index, s);
+    for_queries<P::blocks>(t, s, [&](int head, int i, bool) {
+      float* const to = dq + number_of(t, s, head, i) * (P::panels * kPart);
 #pragma unroll
       for (int wg = 0; wg < 2; ++wg) {
         wait(&m.dq_full[wg], parity);
-        add_bulk(to + wg * half, m.dq[wg], sizeof(m.dq[0]));
+        add_bulk(to + wg * kPart, m.dq[wg], sizeof(m.dq[0]));
         bulk_commit();
       }
       bulk_wait_read<1>();
@@ -139,21 +150,22 @@ __device__ __forceinline__ void add_dq(Memory<T>& m, float* dq, const Shape& s, 
 
 // A warpgroup's 64 keys of a tile. Element 4 j + 2 h + e of a (64 keys, 64 queries) product is of key(h) and
 // query 8 j + 2 (thread % 4) + e.
-template <class T, bool causal>
+template <class T, class P>
 struct Consumer {
-  Memory<T>& m;
+  Memory<T, P>& m;
   const Shape& s;
   const int wg, thread;
-  Ring<kStages> ring;
-  uint32_t kv_parity = 0, dq_parity = 1;
+  Ring<P::stages> ring;
+  Ring<P::tiles> kv;
+  uint32_t dq_parity = 1, ds_parity = 0;
   int ds_at = 0;
-  float dk[kWidth / 2], dv[kWidth / 2];
+  float dk[P::panels * kPanel / 2], dv[P::panels * kPanel / 2];
 
-  __device__ __forceinline__ Consumer(Memory<T>& m, const Shape& s)
+  __device__ __forceinline__ Consumer(Memory<T, P>& m, const Shape& s)
       : m(m), s(s), wg(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), thread(threadIdx.x % 128) {}
 
-  static __device__ __forceinline__ int before(int stage) { return stage == 0 ? kStages - 1 : stage - 1; }
-  static __device__ __forceinline__ int after(int stage) { return stage + 1 == kStages ? 0 : stage + 1; }
+  static __device__ __forceinline__ int before(int stage) { return stage == 0 ? P::stages - 1 : stage - 1; }
+  static __device__ __forceinline__ int after(int stage) { return stage + 1 == P::stages ? 0 : stage + 1; }
 
   __device__ __forceinline__ void release(uint64_t* b) const {
     if (thread == 0) arrive(b);
@@ -165,17 +177,19 @@ struct Consumer {
 
   // d (64 of the keys, 64 queries) = keys queries^T
   __device__ __forceinline__ void multiply_keys(float (&d)[kQueries / 2],
-                                                const T (&keys)[kPanels][kKeys][kPanel],
-                                                const T (&queries)[kPanels][kQueries][kPanel]) {
+                                                const T (&keys)[P::panels][kKeys][kPanel],
+                                                const T (&queries)[P::panels][kQueries][kPanel]) {
     uint32_t at = shared(keys[0][wg * kRows]);
     // made anew each time: kept over the loop, the descriptors of k and v would spill
     asm volatile("" : "+r"(at));
     multiply(d, at, sizeof(keys[0]), queries);
   }
 
-  // z (64 queries, half of the columns) = dS k
-  __device__ __forceinline__ void multiply_dq(float (&z)[kWidth / 4]) {
-    const uint64_t ds = matrix(shared(m.ds[ds_at])), k = matrix(shared(m.k[wg]), sizeof(m.k[0]));
+  // z (64 queries, 64 columns) = dS k
+  __device__ __forceinline__ void multiply_dq(float (&z)[kPart / 128]) {
+    const auto& own_k = m.k[kv.stage];
+    const uint64_t ds = matrix(shared(m.ds[ds_at][P::blocks == 2 ? wg : 0])),
+                   k = matrix(shared(own_k[P::panels == 2 ? wg : 0]), sizeof(own_k[0]));
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n)
@@ -203,7 +217,7 @@ struct Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // the first of this block's queries that sees the key; none sees one past the end
-      const int seen_from = causal ? key(t, half) - (s.seq_k - s.seq_q) - i * kQueries : 0;
+      const int seen_from = key(t, half) - s.ahead - i * kQueries;
       const int from = (key(t, half) >= s.seq_k ? kQueries : seen_from) - 2 * (thread % 4);
 #pragma unroll
       for (int j = 0; j < kQueries / 8; ++j)
@@ -228,26 +242,31 @@ struct Consumer {
     }
   }
 
-  // dS^T to shared memory, for both warpgroups.
-  __device__ __forceinline__ void share(const uint32_t (&ds)[kQueries / 16][4]) {
-    const int row = wg * kRows + thread / 32 * 16 + thread % 16;
-#pragma unroll
-    for (int n = 0; n < kQueries / 16; ++n)
-      store_matrices(shared(part(m.ds[ds_at], row, 2 * n + thread % 32 / 16)), ds[n][0], ds[n][1], ds[n][2],
-                     ds[n][3]);
-    fence_async();
-    named_sync(kBoth, 256);
+  // The 16 bytes of a panel's row that this thread has for load_matrices and store_matrices, of columns from
+  // 16 n on.
+  __device__ __forceinline__ T* own_part(T (*rows)[kPanel], int n) const {
+    return part(rows, wg * kRows + thread / 32 * 16 + thread % 16, 2 * n + thread % 32 / 16);
   }
 
-  __device__ __forceinline__ void hand_over(const float (&dq)[kWidth / 4]) {
+  // dS^T of a block to shared memory, for both warpgroups.
+  __device__ __forceinline__ void store(const uint32_t (&ds)[kQueries / 16][4], int block) {
+#pragma unroll
+    for (int n = 0; n < kQueries / 16; ++n)
+      store_matrices(shared(own_part(m.ds[ds_at][block], n)), ds[n][0], ds[n][1], ds[n][2], ds[n][3]);
+    fence_async();
+  }
+
+  __device__ __forceinline__ void hand_over(const float (&dq)[kPart / 128]) {
     float4* const to = reinterpret_cast<float4*>(m.dq[wg]) + thread;
 #pragma unroll
-    for (int j = 0; j < kWidth / 16; ++j)
+    for (int j = 0; j < kPart / 512; ++j)
       to[128 * j] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
     fence_async();
     arrive(&m.dq_full[wg]);
   }
 
+  // ---- 128 columns
+  //
   // The scores of a step are made in the step before, while dS is stored; dk of a step ends in the step
   // after: the tensor cores have work while this warpgroup computes.
   __device__ __forceinline__ void step(const Tile& t, float (&x)[kQueries / 2], int i, bool first, bool last,
@@ -255,12 +274,9 @@ struct Consumer {
     float y[kQueries / 2];  // dP; x is the scores, then P, then the next scores
     uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
     const int at = ring.stage;
-    if (first) {
-      wait(&m.v_full, kv_parity);
-      kv_parity ^= 1;
-    }
+    if (first) wait(&m.v_full[kv.stage], kv.parity);
     wait(&m.dout_full[at], ring.parity);
-    multiply_keys(y, m.v, m.dout[at]);
+    multiply_keys(y, m.v[kv.stage], m.dout[at]);
     probabilities(x);
     if (masked) mask(x, t, i);
     wgmma_wait<1>();  // dk of the step before: its dS's registers are P's
@@ -277,14 +293,15 @@ struct Consumer {
     // the last step's are not used, but a branch would make all products wait
     const int next = last ? at : after(at);
     wait(&m.q_full[next], ring.parity ^ (next == 0 && at != 0));
-    multiply_keys(x, m.k, m.q[next]);
+    multiply_keys(x, m.k[kv.stage], m.q[next]);
     wgmma_wait<1>();  // dv: its P's registers are dS's, then dq's
     keep(dv);
     keep(y);
     release(&m.dout_empty[at]);
     round_to<T>(ds, y);
-    share(ds);
-    float z[kWidth / 4];
+    store(ds, 0);
+    named_sync(kBoth, 256);
+    float z[kPart / 128];
     multiply_dq(z);
     add_product(dk, ds, m.q[at]);
     wgmma_wait<1>();  // the next scores, dq
@@ -295,18 +312,10 @@ struct Consumer {
     ring.next();
   }
 
-  __device__ __forceinline__ void run(const Tile& t) {
-#pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) dk[i] = dv[i] = 0;
-    // queries from this block on see all keys of the tile
-    const int last_key = t.first_key + kKeys - 1 - (s.seq_k - s.seq_q);
-    const bool tail = t.first_key + kKeys > s.seq_k;
-    const int whole = tail     ? s.blocks
-                      : causal ? min(s.blocks, max(t.first, (last_key + kQueries - 1) / kQueries))
-                               : t.first;
+  __device__ __forceinline__ void run_wide(const Tile& t, int whole) {
     float x[kQueries / 2];
     wait(&m.q_full[ring.stage], ring.parity);
-    multiply_keys(x, m.k, m.q[ring.stage]);
+    multiply_keys(x, m.k[kv.stage], m.q[ring.stage]);
     wgmma_wait<0>();
     keep(x);
     bool first = true;
@@ -317,7 +326,122 @@ struct Consumer {
     wgmma_wait<0>();
     keep(dk);
     release(&m.q_empty[before(ring.stage)]);
-    release(&m.kv_empty);
+  }
+
+  // ---- 64 columns
+  //
+  // There are registers to spare: v stays in them, which saves reading shared memory, P and dS have some of
+  // their own, so that a step waits less, and dq of two blocks is made in the first step of the next two,
+  // where neither warpgroup has to wait for the other's dS.
+
+  __device__ __forceinline__ void wait_for_ds() {
+    wait(&m.ds_full, ds_parity);
+    ds_parity ^= 1;
+  }
+
+  __device__ __forceinline__ void multiply_last_dq(float (&z)[kPart / 128]) {
+    ds_at ^= 1;
+    multiply_dq(z);
+    ds_at ^= 1;
+  }
+
+  __device__ __forceinline__ void hand_over_when_empty(const float (&z)[kPart / 128]) {
+    wait(&m.dq_empty[wg], dq_parity);
+    dq_parity ^= 1;
+    hand_over(z);
+  }
+
+  // `block`: which of the two; `opens`: they are the tile's first.
+  template <int block, bool opens>
+  __device__ __forceinline__ void half_step(const Tile& t, const uint32_t (&v)[kPanel / 16][4],
+                                            float (&x)[kQueries / 2], int i, bool last, bool masked) {
+    constexpr bool makes_dq = block == 0 && !opens;
+    float y[kQueries / 2], z[kPart / 128];
+    uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
+    const int at = ring.stage;
+    wait(&m.dout_full[at], ring.parity);
+    multiply(y, v, m.dout[at]);
+    probabilities(x);
+    if (masked) mask(x, t, i);
+    round_to<T>(p, x);
+    add_product(dv, p, m.dout[at]);
+    wgmma_wait<1>();  // dk of the step before, dP
+    keep(y);
+    keep(dk);
+    if (block == 1 || !opens) release(&m.q_empty[before(at)]);
+    score_gradients(y, x, at);
+    // the last step's are not used, but a branch would make all products wait
+    const int next = last ? at : after(at);
+    wait(&m.q_full[next], ring.parity ^ (next == 0 && at != 0));
+    multiply_keys(x, m.k[kv.stage], m.q[next]);
+    round_to<T>(ds, y);
+    if constexpr (makes_dq) wait_for_ds();  // both have made dq of what this room held, too
+    store(ds, block);
+    if constexpr (block == 1) {
+      arrive(&m.ds_full);
+      ds_at ^= 1;
+    }
+    if constexpr (makes_dq) multiply_last_dq(z);
+    add_product(dk, ds, m.q[at]);
+    wgmma_wait<1>();  // dv, the next scores, dq
+    keep(x);
+    keep(dv);
+    release(&m.dout_empty[at]);
+    if constexpr (makes_dq) {
+      keep(z);
+      hand_over_when_empty(z);
+    }
+    ring.next();
+  }
+
+  template <bool opens>
+  __device__ __forceinline__ void two_steps(const Tile& t, const uint32_t (&v)[kPanel / 16][4],
+                                            float (&x)[kQueries / 2], int i, bool last, int whole) {
+    half_step<0, opens>(t, v, x, i, false, i < whole);
+    half_step<1, opens>(t, v, x, i + 1, last, i + 1 < whole);
+  }
+
+  __device__ __forceinline__ void run_narrow(const Tile& t, int whole) {
+    float x[kQueries / 2], z[kPart / 128];
+    uint32_t v[kPanel / 16][4];
+    wait(&m.q_full[ring.stage], ring.parity);
+    multiply_keys(x, m.k[kv.stage], m.q[ring.stage]);
+    wait(&m.v_full[kv.stage], kv.parity);
+#pragma unroll
+    for (int n = 0; n < kPanel / 16; ++n) load_matrices(v[n], shared(own_part(m.v[kv.stage][0], n)));
+    wgmma_wait<0>();
+    keep(x);
+    int i = t.first, left = s.sharing * (s.blocks - t.first) - 2;
+    two_steps<true>(t, v, x, i, left == 0, whole);
+    while (left > 0) {
+      left -= 2;
+      i = i + 2 == s.blocks ? t.first : i + 2;
+      two_steps<false>(t, v, x, i, left == 0, whole);
+    }
+    wait_for_ds();
+    multiply_last_dq(z);
+    wgmma_wait<0>();
+    keep(z);
+    keep(dk);
+    hand_over_when_empty(z);
+    release(&m.q_empty[before(ring.stage)]);
+  }
+
+  // ---- both
+
+  __device__ __forceinline__ void run(const Tile& t) {
+#pragma unroll
+    for (int i = 0; i < P::panels * kPanel / 2; ++i) dk[i] = dv[i] = 0;
+    // queries from this block on see all keys of the tile
+    const int last_key = t.first_key + kKeys - 1 - s.ahead;
+    const bool tail = t.first_key + kKeys > s.seq_k;
+    const int whole = tail ? s.blocks : min(s.blocks, max(t.first, (last_key + kQueries - 1) / kQueries));
+    if constexpr (P::blocks == 2)
+      run_narrow(t, whole);
+    else
+      run_wide(t, whole);
+    release(&m.kv_empty[kv.stage]);
+    kv.next();
   }
 
   // Through the memory of dS, of which each warpgroup has half.
@@ -328,25 +452,28 @@ struct Consumer {
       return to + t.batch * strides.batch + t.kv_head * strides.head + first * strides.row;
     };
     named_sync(kBoth, 256);  // both are done with dS
-    write_rows(dv, 1.0f, m.ds[wg], place(to_dv, dv_strides), dv_strides.row, s.seq_k - first);
-    write_rows(dk, s.scale, m.ds[wg], place(to_dk, dk_strides), dk_strides.row, s.seq_k - first);
+    write_rows(dv, 1.0f, m.ds[wg][0], place(to_dv, dv_strides), dv_strides.row, s.seq_k - first);
+    write_rows(dk, s.scale, m.ds[wg][0], place(to_dk, dk_strides), dk_strides.row, s.seq_k - first);
     named_sync(kBoth, 256);  // and with the room in it
   }
 };
 
 // ---------------------------------------------------------------- kernels
 
-template <class T>
-__device__ __forceinline__ void init(Memory<T>& m) {
-  barrier_init(&m.k_full, 1);
-  barrier_init(&m.v_full, 1);
-  barrier_init(&m.kv_empty, 3);
-  for (int i = 0; i < kStages; ++i) {
+template <class T, class P>
+__device__ __forceinline__ void init(Memory<T, P>& m) {
+  for (int i = 0; i < P::tiles; ++i) {
+    barrier_init(&m.k_full[i], 1);
+    barrier_init(&m.v_full[i], 1);
+    barrier_init(&m.kv_empty[i], 3);
+  }
+  for (int i = 0; i < P::stages; ++i) {
     barrier_init(&m.q_full[i], 1);
     barrier_init(&m.q_empty[i], 2);
     barrier_init(&m.dout_full[i], 1);
     barrier_init(&m.dout_empty[i], 2);
   }
+  barrier_init(&m.ds_full, 256);
   for (int i = 0; i < 2; ++i) {
     barrier_init(&m.dq_full[i], 128);
     barrier_init(&m.dq_empty[i], 1);
@@ -354,123 +481,55 @@ __device__ __forceinline__ void init(Memory<T>& m) {
   barrier_init_done();
 }
 
-template <class T, bool causal>
+template <class T, class P>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_bwd_kernel(const __grid_constant__ Maps maps, const float* stats, float* dq, T* dk, T* dv,
                          const HeadStrides dk_strides, const HeadStrides dv_strides, int* next_tile,
                          const Shape s, int tiles) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  auto& m = *reinterpret_cast<Memory<T>*>(raw);
+  auto& m = *reinterpret_cast<Memory<T, P>*>(raw);
   if (threadIdx.x == 0) init(m);
   __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<24>();
-    if (threadIdx.x == 0) produce<T, causal>(m, maps, stats, s, tiles, next_tile);
-    if (threadIdx.x == 32) add_dq<T, causal>(m, dq, s, tiles);
+    give_registers<P::loading>();
+    if (threadIdx.x == 0) produce<T, P>(m, maps, stats, s, tiles, next_tile);
+    if (threadIdx.x == 32) add_dq<T, P>(m, dq, s, tiles);
   } else {
-    take_registers<240>();
-    Consumer<T, causal> c(m, s);
+    take_registers<P::computing>();
+    Consumer<T, P> c(m, s);
     for (;;) {
-      wait(&m.k_full, c.kv_parity);
-      const int index = m.tile;
+      wait(&m.k_full[c.kv.stage], c.kv.parity);
+      const int index = m.tile[c.kv.stage];
       if (index >= tiles) break;
-      const Tile t = tile_of<causal>(index, s);
+      const Tile t = tile_of<P>(index, s);
       c.run(t);
       c.write(t, dk, dv, dk_strides, dv_strides);
     }
   }
 }
 
-// Of a block of queries: delta, and lse in base 2, padded with what makes P zero; and an empty sum for dq.
-// The first tile to be taken is the one behind those that blocks begin with.
-template <class T>
-__global__ void __launch_bounds__(kThreadsAround)
-    attention_bwd_begin_kernel(const AttentionBwd a, int blocks, int first_taken) {
-  constexpr int lanes = kWidth / kPack<T>, rows = kThreadsAround / lanes;
-  const int i = blockIdx.x % blocks, lane = threadIdx.x % lanes;
-  const int64_t head = blockIdx.x / blocks, batch = head / a.heads, which = head % a.heads;
-  const T* const out =
-      static_cast<const T*>(a.out) + (batch * a.seq_q * a.heads + which) * kWidth + lane * kPack<T>;
-  const T* const dout = static_cast<const T*>(a.dout) + batch * a.dout_strides.batch +
-                        which * a.dout_strides.head + lane * kPack<T>;
-  float* const stats = a.stats + int64_t(blockIdx.x) * (2 * kQueries);
-#pragma unroll
-  for (int r = threadIdx.x / lanes; r < kQueries; r += rows) {
-    const int64_t row = int64_t(i) * kQueries + r;
-    float sum = 0;
-    if (row < a.seq_q) {
-      const auto o = load<kPack<T>>(out + row * a.heads * kWidth),
-                 d = load<kPack<T>>(dout + row * a.dout_strides.row);
-#pragma unroll
-      for (int e = 0; e < kPack<T>; ++e) sum += o[e] * d[e];
-    }
-    sum = warp_sum(sum, lanes);
-    if (lane) continue;
-    const float lse = row < a.seq_q ? a.lse[head * a.seq_q + row] : INFINITY;
-    stats[r] = lse == -INFINITY ? INFINITY : lse * kLog2e;
-    stats[kQueries + r] = sum;
-  }
-  float4* const empty = reinterpret_cast<float4*>(a.dq_sum) + int64_t(blockIdx.x) * (kQueries * kWidth / 4);
-#pragma unroll
-  for (int k = threadIdx.x; k < kQueries * kWidth / 4; k += kThreadsAround)
-    empty[k] = make_float4(0, 0, 0, 0);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *a.next_tile = first_taken;
-}
-
-// dq, scaled and rounded, out of the order of the products' registers: float4 j of thread t of warpgroup w is
-// rows 16 (t / 32) + t % 32 / 4 and 8 below, columns 64 w + 8 j + 2 (t % 4) and one more. Through shared
-// memory, to write rows.
-template <class T>
-__global__ void __launch_bounds__(kThreadsAround) attention_bwd_end_kernel(const AttentionBwd a, int blocks) {
-  constexpr int parts = kWidth / kPack<T>;
-  // 16 bytes more to a row, so that rows lie in other banks
-  __shared__ __align__(16) T tile[kQueries][kWidth + kPack<T>];
-  const int i = blockIdx.x % blocks, wg = threadIdx.x / 128, t = threadIdx.x % 128;
-  const int64_t head = blockIdx.x / blocks;
-  const float4* const from = reinterpret_cast<const float4*>(a.dq_sum) +
-                             (2 * int64_t(blockIdx.x) + wg) * (kQueries * kWidth / 8) + t;
-  const int first = t / 32 * 16 + t % 32 / 4;
-#pragma unroll
-  for (int j = 0; j < kWidth / 16; ++j) {
-    const float4 z = from[128 * j];
-    const int column = wg * (kWidth / 2) + 8 * j + 2 * (t % 4);
-    *reinterpret_cast<uint32_t*>(&tile[first][column]) = Pair<T>::of(a.scale * z.x, a.scale * z.y);
-    *reinterpret_cast<uint32_t*>(&tile[first + 8][column]) = Pair<T>::of(a.scale * z.z, a.scale * z.w);
-  }
-  __syncthreads();
-  T* const dq =
-      static_cast<T*>(a.dq) + head / a.heads * a.dq_strides.batch + head % a.heads * a.dq_strides.head;
-#pragma unroll
-  for (int k = threadIdx.x; k < kQueries * parts; k += kThreadsAround) {
-    const int r = k / parts, column = k % parts * kPack<T>;
-    const int64_t row = int64_t(i) * kQueries + r;
-    if (row < a.seq_q) store(dq + row * a.dq_strides.row + column, load<kPack<T>>(&tile[r][column]));
-  }
-}
-
 // ---------------------------------------------------------------- launchers
 
-template <class T, bool causal>
+template <class T, int width>
 cudaError_t launch(const Maps& maps, const AttentionBwd& a, cudaStream_t stream) {
-  const auto kernel = attention_bwd_kernel<T, causal>;
-  const int bytes = sizeof(Memory<T>);
-  const int64_t cached = kCache / (a.seq_q * kHeadDim * (2 * size_of(a.dtype) + int64_t{sizeof(float)}));
+  using P = Plan<width>;
+  const auto kernel = attention_bwd_kernel<T, P>;
+  constexpr int bytes = sizeof(Memory<T, P>);
+  static_assert(bytes <= 227 << 10);
+  const int64_t cached = kCache / (a.seq_q * width * (2 * size_of(a.dtype) + int64_t{sizeof(float)}));
   const Shape s = shape_of(a, a.seq_k, kKeys, a.kv_heads, cached);
   const int tiles = s.tiles * s.batch * s.kv_heads;
-  const unsigned around = static_cast<unsigned>(s.batch * s.heads * s.blocks);
   unsigned blocks = 0;
   cudaError_t error = prepare(kernel, bytes, 1, tiles, blocks);
   if (error != cudaSuccess) return error;
-  attention_bwd_begin_kernel<T><<<around, kThreadsAround, 0, stream>>>(a, s.blocks, static_cast<int>(blocks));
-  error = cudaGetLastError();
+  error = attention_bwd_begin(a, static_cast<int>(blocks), stream);
   if (error != cudaSuccess) return error;
   kernel<<<blocks, kThreads, bytes, stream>>>(maps, a.stats, a.dq_sum, static_cast<T*>(a.dk),
                                               static_cast<T*>(a.dv), a.dk_strides, a.dv_strides, a.next_tile,
                                               s, tiles);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  attention_bwd_end_kernel<T><<<around, kThreadsAround, 0, stream>>>(a, s.blocks);
-  return cudaGetLastError();
+  return attention_bwd_end(a, stream);
 }
 
 }  // namespace
@@ -485,7 +544,7 @@ cudaError_t attention_bwd(const AttentionBwd& a, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   return with_half(a.dtype, [&](auto t) {
     using T = decltype(t);
-    return a.causal ? launch<T, true>(maps, a, stream) : launch<T, false>(maps, a, stream);
+    return a.head_dim == 64 ? launch<T, 64>(maps, a, stream) : launch<T, 128>(maps, a, stream);
   });
 }
 
