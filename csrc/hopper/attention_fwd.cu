@@ -34,19 +34,20 @@ struct Maps {
   CUtensorMap q, k, v;
 };
 
+struct alignas(16) Tile {
+  int first, head, batch,
+      blocks;  // the first query; blocks of keys that some query sees, -1: no tile is left
+};
+
 template <class T, class P>
 struct Memory {
   alignas(1024) T q[2][P::panels][P::queries][kPanel];
   alignas(1024) T k[P::stages][P::panels][kKeys][kPanel];
   alignas(1024) T v[P::stages][P::panels][kKeys][kPanel];
   alignas(1024) T out[P::groups][P::panels * kRows][kPanel];
-  int tile[2];  // the number of the tile of q
+  Tile tile[2];  // of q
   uint64_t q_full[2], q_empty[2], k_full[P::stages], k_empty[P::stages], v_full[P::stages],
       v_empty[P::stages];
-};
-
-struct Tile {
-  int first, head, batch, blocks;  // the first query; blocks of keys that some query of the tile sees
 };
 
 // Blocks of keys that queries before `end` see some of.
@@ -78,10 +79,10 @@ struct Producer {
     for (int index = blockIdx.x;; index = blocks + atomicAdd(next_tile, 1)) {
       const int at = q_ring.stage;
       wait(&m.q_empty[at], q_ring.parity ^ 1);
-      m.tile[at] = index;
+      const Tile t = index < tiles ? tile_of<P>(index, s) : Tile{.blocks = -1};
+      m.tile[at] = t;
       q_ring.next();
-      const Tile t = index < tiles ? tile_of<P>(index, s) : Tile{};
-      if (t.blocks) {
+      if (t.blocks > 0) {
         arrive_expecting(&m.q_full[at], sizeof(m.q[0]));
         load_rows(m.q[at], maps.q, &m.q_full[at], t.first, t.head, t.batch);
         load_keys(t);
@@ -123,7 +124,8 @@ struct Consumer {
   Ring<2> q_ring;
   float score[kKeys / 2], out[P::panels * kPanel / 2];
   uint32_t p[kKeys / 16][4];
-  float highest[2], sum[2], rescale[2];  // of the rows thread / 4 and 8 below; sums are this thread's part
+  // Of the rows thread / 4 and 8 below; sums are this thread's part.
+  float highest[2], sum[2], rescale[2], inverse[2];
 
   __device__ __forceinline__ Consumer(Memory<T, P>& m, const Shape& s)
       : m(m), s(s), wg(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), thread(threadIdx.x % 128) {}
@@ -243,74 +245,145 @@ struct Consumer {
     keep(score);
     release_k();
     mask(t, n);
+    begin_sums();
     softmax();
   }
 
-  // The product with v of the first block of keys.
-  __device__ __forceinline__ void last_product(bool runs) {
-    Ring<P::stages> last = v_ring;
-    if (runs) last.next();
-    wait(&m.v_full[last.stage], last.parity);
-    settle(runs);
-    add_product(out, p, m.v[v_ring.stage]);
-    wgmma_wait<0>();
-    keep(out);
-    release_v();
-  }
-
-  // A block of keys that others of the tile's queries see, and none of this warpgroup's.
-  __device__ __forceinline__ void pass() {
+  // A block of keys that others of the tile's queries see, and none of this warpgroup's. `v_at`: where its v
+  // is.
+  __device__ __forceinline__ void pass(const Ring<P::stages>& v_at) {
     wait(&m.k_full[k_ring.stage], k_ring.parity);
-    wait(&m.v_full[v_ring.stage], v_ring.parity);
+    wait(&m.v_full[v_at.stage], v_at.parity);
     my_turn();
     your_turn();
     release_k();
-    release_v();
+    release(&m.v_empty[v_at.stage]);
   }
 
-  __device__ __forceinline__ void attend(const Tile& t) {
-    highest[0] = highest[1] = -INFINITY;
-    sum[0] = sum[1] = 0;
+  __device__ __forceinline__ Tile next_tile() {
+    wait(&m.q_full[q_ring.stage], q_ring.parity);
+    return m.tile[q_ring.stage];
+  }
+
+  // This warpgroup's first query of a tile.
+  __device__ __forceinline__ int first_of(const Tile& t) const { return t.first + wg * kRows; }
+
+  __device__ __forceinline__ int seen_of(const Tile& t) const {
+    return first_of(t) < 0 ? 0 : blocks_before(first_of(t) + kRows, s);
+  }
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int i = 0; i < P::panels * kPanel / 2; ++i) out[i] = 0;
-    const int first = t.first + wg * kRows, seen = first < 0 ? 0 : blocks_before(first + kRows, s);
-#pragma unroll 1
-    for (int n = t.blocks; n > seen; --n) pass();
-    // No query sees a key. (An `if` around the rest would make the assembler wait for each product.)
-    if (!seen) {
-      named_sync(kTileRead + wg, 128);  // all have read the tile's number
-      release_q();
-      return;
-    }
-    first_step(t, seen - 1);
-    // blocks that end after what the first row sees
-    const int whole = max(0, first + 1 + s.ahead) / kKeys;
-    int n = seen - 2;
-    for (; n >= whole; --n) step<true>(t, n, n == seen - 2);
-    for (; n >= 0; --n) step<false>(t, n, n == seen - 2);
-    release_q();
-    last_product(seen > 1);
+  }
+  __device__ __forceinline__ void begin_sums() {
+    highest[0] = highest[1] = -INFINITY;
+    sum[0] = sum[1] = 0;
   }
 
-  __device__ __forceinline__ void write(const Tile& t, T* to, float* lse) {
-    constexpr int width = P::panels * kPanel;
+  // The tile's sums are complete: lse, and what to scale out with.
+  __device__ __forceinline__ void end_sums(const Tile& t, float* lse) {
     const int64_t heads = int64_t(t.batch) * s.heads + t.head;
-    const int first = t.first + wg * kRows, count = first < 0 ? 0 : s.seq_q - first;
+    const bool writes = thread % 4 == 0 && first_of(t) >= 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float total = sum[half];
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
-      const float inverse = total == 0 ? 0 : 1 / total;
-#pragma unroll
-      for (int j = 0; j < P::panels * kPanel / 8; ++j)
-        out[4 * j + 2 * half] *= inverse, out[4 * j + 2 * half + 1] *= inverse;
-      if (thread % 4 == 0 && t.first + row(half) - first < count)
+      inverse[half] = total == 0 ? 0 : 1 / total;
+      if (writes && t.first + row(half) < s.seq_q)
         lse[heads * s.seq_q + t.first + row(half)] =
             total == 0 ? -INFINITY : highest[half] * s.scale + __logf(total);
     }
+  }
+
+  __device__ __forceinline__ void write(const Tile& t, T* to) {
+    constexpr int width = P::panels * kPanel;
+    const int first = first_of(t);
+#pragma unroll
+    for (int i = 0; i < width / 2; ++i) out[i] *= inverse[i / 2 % 2];
     T* const at = to + ((int64_t(t.batch) * s.seq_q + first) * s.heads + t.head) * width;
-    write_rows(out, 1.0f, m.out[wg], at, int64_t(s.heads) * width, count);
+    write_rows(out, 1.0f, m.out[wg], at, int64_t(s.heads) * width, first < 0 ? 0 : s.seq_q - first);
+  }
+
+  // From `t` on to a tile that this warpgroup sees keys of, without scores under way; whether there is one.
+  __device__ __forceinline__ bool find(Tile& t, int& seen, T* to, float* lse) {
+#pragma unroll 1
+    for (; t.blocks >= 0; t = next_tile()) {
+      seen = seen_of(t);
+#pragma unroll 1
+      for (int n = t.blocks; n > seen; --n) {
+        pass(v_ring);
+        v_ring.next();
+      }
+      if (seen) return true;
+      clear();
+      begin_sums();
+      end_sums(t, lse);
+      write(t, to);
+      named_sync(kTileRead + wg, 128);  // all have read what the tile is
+      release_q();
+    }
+    return false;
+  }
+
+  // Tile after tile. The last product with v of one runs beside the first scores of the next.
+  __device__ __forceinline__ void run(T* to, float* lse) {
+    Tile t = next_tile();
+    int seen = 0;
+    bool goes_on = false;  // the first block's softmax is done
+#pragma unroll 1
+    for (;;) {
+      if (!goes_on) {
+        if (!find(t, seen, to, lse)) return;
+        first_step(t, seen - 1);
+      }
+      clear();
+      // blocks that end after what the first row sees
+      const int whole = max(0, first_of(t) + 1 + s.ahead) / kKeys;
+      int n = seen - 2;
+      for (; n >= whole; --n) step<true>(t, n, n == seen - 2);
+      for (; n >= 0; --n) step<false>(t, n, n == seen - 2);
+      release_q();
+      Ring<P::stages> v_after = v_ring;
+      if (seen > 1) v_after.next();
+      wait(&m.v_full[v_after.stage], v_after.parity);
+      settle(seen > 1);
+      end_sums(t, lse);
+
+      const Tile next = next_tile();
+      seen = next.blocks > 0 ? seen_of(next) : 0;
+      goes_on = seen > 0;
+      v_after.next();
+      if (goes_on) {
+        static_assert(P::queries - kRows <= kKeys);
+        if (seen < next.blocks) {  // by one
+          pass(v_after);
+          v_after.next();
+        }
+        wait(&m.k_full[k_ring.stage], k_ring.parity);
+        my_turn();
+      }
+      // where there is no next tile the scores are not used, but a branch would make all products wait
+      multiply_qk();
+      add_product(out, p, m.v[v_ring.stage]);
+      if (goes_on) your_turn();
+      wgmma_wait<1>();
+      keep(score);
+      if (goes_on) {
+        release_k();
+        mask(next, seen - 1);
+        begin_sums();
+        softmax();
+      }
+      wait(&m.v_full[v_ring.stage], v_ring.parity);  // long so: a branch before the wait, as in `step`
+      wgmma_wait<0>();
+      keep(out);
+      release(&m.v_empty[v_ring.stage]);
+      v_ring = v_after;
+      write(t, to);
+      t = next;
+    }
   }
 };
 
@@ -346,14 +419,7 @@ __global__ void __launch_bounds__(P::threads, 1)
     take_registers<P::computing>();
     Consumer<T, P> c(m, s);
     if (c.wg == P::groups - 1) c.your_turn();  // the first turn is warpgroup 0's
-    for (;;) {
-      wait(&m.q_full[c.q_ring.stage], c.q_ring.parity);
-      const int index = m.tile[c.q_ring.stage];
-      if (index >= tiles) break;
-      const Tile t = tile_of<P>(index, s);
-      c.attend(t);
-      c.write(t, out, lse);
-    }
+    c.run(out, lse);
     if (c.wg == 0) c.my_turn();  // takes the last arrival, so that none is left over
   }
 }
