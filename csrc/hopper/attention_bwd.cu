@@ -18,7 +18,7 @@ using namespace hopper;
 constexpr int kQueries = kAttentionBlock, kKeys = 2 * kRows;
 constexpr int kThreads = 384;
 constexpr int64_t kCache = 32 << 20;  // bytes of L2 for q, dout and the sum of dq
-constexpr int kBoth = 1;              // named barrier of both warpgroups
+constexpr int kBoth = 1, kOwn = 2;    // named barriers: of both warpgroups; one for each
 
 // What a head's width asks for. dq is made for as many blocks of queries that each warpgroup has 64 rows of
 // 64 columns: of one block half the columns, or, where that is all of them, one of two blocks.
@@ -440,21 +440,31 @@ struct Consumer {
       run_narrow(t, whole);
     else
       run_wide(t, whole);
-    release(&m.kv_empty[kv.stage]);
-    kv.next();
   }
 
-  // Through the memory of dS, of which each warpgroup has half.
+  // Through the memory of dS, of which each warpgroup has half, or that of its own part of v, which is in
+  // registers: then it waits for nobody.
   __device__ __forceinline__ void write(const Tile& t, T* to_dk, T* to_dv, const HeadStrides& dk_strides,
                                         const HeadStrides& dv_strides) {
     const int first = t.first_key + wg * kRows;
     const auto place = [&](T* to, const HeadStrides& strides) {
       return to + t.batch * strides.batch + t.kv_head * strides.head + first * strides.row;
     };
-    named_sync(kBoth, 256);  // both are done with dS
-    write_rows(dv, 1.0f, m.ds[wg][0], place(to_dv, dv_strides), dv_strides.row, s.seq_k - first);
-    write_rows(dk, s.scale, m.ds[wg][0], place(to_dk, dk_strides), dk_strides.row, s.seq_k - first);
-    named_sync(kBoth, 256);  // and with the room in it
+    T(*const room)[kPanel] = P::blocks == 2 ? m.v[kv.stage][0] + wg * kRows : m.ds[wg][0];
+    if constexpr (P::blocks == 1) {
+      release(&m.kv_empty[kv.stage]);
+      named_sync(kBoth, 256);  // both are done with dS
+    }
+    write_rows(dv, 1.0f, room, place(to_dv, dv_strides), dv_strides.row, s.seq_k - first);
+    write_rows(dk, s.scale, room, place(to_dk, dk_strides), dk_strides.row, s.seq_k - first);
+    if constexpr (P::blocks == 1) {
+      named_sync(kBoth, 256);  // and with the room in it
+    } else {
+      fence_async();  // TMA writes there next
+      named_sync(kOwn + wg, 128);
+      release(&m.kv_empty[kv.stage]);
+    }
+    kv.next();
   }
 };
 
