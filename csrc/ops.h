@@ -96,22 +96,28 @@ struct LinearSwiglu {
   Dtype dtype;
 };
 
-// Of heads in (batch, seq, heads, kHeadDim), in elements; a head's are contiguous.
+// Of heads in (batch, seq, heads, head_dim), in elements; a head's are contiguous.
 struct HeadStrides {
   int64_t batch, row, head;
 };
 
-constexpr int64_t kHeadDim = 128;        // of attention, the only one so far
 constexpr int64_t kAttentionBlock = 64;  // queries that attention's backward takes at once
+
+// Such blocks that it has room for, of a head: of a head_dim of 64 it takes two at a time.
+constexpr int64_t attention_blocks(int64_t seq_q, int64_t head_dim) {
+  const int64_t at_a_time = head_dim == 64 ? 2 : 1, queries = at_a_time * kAttentionBlock;
+  return (seq_q + queries - 1) / queries * at_a_time;
+}
 
 // What both passes of attention are told: s = scale q k^T, and of query i, where it is causal, only up to key
 // i + seq_k - seq_q. On Hopper, in 16 bits; addresses are multiples of 16 bytes, strides of 8 elements.
 struct Attention {
-  const void* q;       // (batch, seq_q, heads, kHeadDim)
-  const void *k, *v;   // (batch, seq_k, kv_heads, kHeadDim)
+  const void* q;       // (batch, seq_q, heads, head_dim)
+  const void *k, *v;   // (batch, seq_k, kv_heads, head_dim)
   int32_t* next_tile;  // one number for the kernels' own use
   HeadStrides q_strides, k_strides, v_strides;
   int64_t batch, heads, kv_heads, seq_q, seq_k;
+  int64_t head_dim;  // 64 or 128
   float scale;
   bool causal;
   Dtype dtype;
@@ -119,7 +125,7 @@ struct Attention {
 
 // out = softmax(s) v; 0 where a query sees no key
 struct AttentionFwd : Attention {
-  void* out;   // (batch, seq_q, heads, kHeadDim), contiguous
+  void* out;   // (batch, seq_q, heads, head_dim), contiguous
   float* lse;  // (batch, heads, seq_q): log(sum of exp(s)); -inf where a query sees no key
 };
 
@@ -129,13 +135,13 @@ struct AttentionBwd : Attention {
   const void *out, *dout;  // like q; out is contiguous
   const float* lse;        // (batch, heads, seq_q)
   void *dq, *dk, *dv;      // like q, k and v
-  // for the kernels' own use: (batch, heads, blocks of kAttentionBlock queries, kAttentionBlock, kHeadDim),
-  // (batch, heads, blocks, 2, kAttentionBlock), (batch, kv_heads)
+  // for the kernels' own use: (batch, heads, attention_blocks, kAttentionBlock, head_dim), (batch, heads,
+  // attention_blocks, 2, kAttentionBlock), (batch, kv_heads)
   float *dq_sum, *stats;
   int32_t* set;
   HeadStrides dout_strides, dq_strides, dk_strides, dv_strides;
   // where rotary turned q, whose gradient is to be that before it; null elsewhere
-  const float *cos, *sin;    // (table_rows, kHeadDim / 2)
+  const float *cos, *sin;    // (table_rows, head_dim / 2)
   const int32_t* positions;  // (batch, seq_q)
   int64_t table_rows;
 };

@@ -3,7 +3,7 @@
     out = softmax(q k^T * scale + mask) v
 
 Vaswani et al., 2017; grouped-query attention (Ainslie et al., 2023) when k and v have fewer heads. On Hopper dense batches
-of head_dim 128 run on kernels of ours (csrc/hopper/attention_fwd.cu, attention_bwd.cu), after FlashAttention 3 (Shah et
+of head_dim 64 or 128 run on kernels of ours (csrc/hopper/attention_fwd.cu, attention_bwd.cu), after FlashAttention 3 (Shah et
 al., 2024). All else is PyTorch's fused kernels: SDPA for dense batches; its varlen kernel for bf16 and fp16 packs on a
 GPU; for other packs SDPA document by document, which on a GPU waits for their lengths. While torch.compile traces, where
 the lengths are not known, those are one SDPA call with a mask, whose work grows with the square of the pack.
@@ -40,7 +40,8 @@ _CUDNN_FIRST = (
     (SDPBackend.MATH, torch.backends.cuda.math_sdp_enabled),
 )
 
-_HEAD_DIM = 128  # of our kernels
+_HEAD_DIMS = (64, 128)  # of our kernels
+_PADDING = 128  # rows that they add to a sequence, at most
 _MOST_ROWS = 2**30  # theirs, of all heads: tiles are numbered in 32 bits
 
 _VARLEN_DOCUMENTS = 65_535  # the second dimension of its grid
@@ -71,7 +72,7 @@ def attention(
         max_seqlen: the longest document, needed with cu_seqlens.
         causal: a token sees itself and what is before it.
         scale: of the scores, above 0; None: head_dim ** -0.5.
-        backend: `cuda` (Hopper, bf16 and fp16, dense, head_dim 128), `torch`, `reference`; None chooses.
+        backend: `cuda` (Hopper, bf16 and fp16, dense, head_dim 64 or 128), `torch`, `reference`; None chooses.
 
     Returns:
         q's shape and dtype.
@@ -152,9 +153,9 @@ def _why_not_ours(q: torch.Tensor, cu_seqlens: torch.Tensor | None) -> str:
         return "torch.compile is tracing, and can't see how tensors lie in memory"
     if cu_seqlens is not None:
         return "got cu_seqlens, takes dense batches"
-    if q.shape[-1] != _HEAD_DIM:
-        return f"got head_dim {q.shape[-1]}, takes {_HEAD_DIM}"
-    if q.shape[0] * q.shape[2] * (q.shape[1] + _HEAD_DIM) > _MOST_ROWS:
+    if q.shape[-1] not in _HEAD_DIMS:
+        return f"got head_dim {q.shape[-1]}, takes 64 or 128"
+    if q.shape[0] * q.shape[2] * (q.shape[1] + _PADDING) > _MOST_ROWS:
         return f"got shape {tuple(q.shape)}, takes up to {_MOST_ROWS} rows of all heads"
     if torch.are_deterministic_algorithms_enabled():
         return "torch is to be deterministic, and its dq adds up in any order"

@@ -43,7 +43,7 @@ TABLE: dict[str, tuple[str, ...]] = {
 SHAPES = {
     "linear_swiglu": "1024 tokens and more",
     "linear_rotary": "1024 tokens and more, head_dim 64 or 128",
-    "attention": "dense batches of head_dim 128",
+    "attention": "dense batches of head_dim 64 or 128",
 }
 
 NAMES = ("cuda", "cublaslt", "triton", "cpu", "torch", "reference")

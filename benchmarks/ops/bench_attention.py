@@ -12,24 +12,26 @@ from benchmarks.peers import eager
 from openllama.ops import attention
 
 KERNELS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-HEAD_DIM, TOKENS = 128, 16_384
 DENSE = pytest.mark.parametrize(
-    "seq, heads, kv_heads",
-    ((1024, 32, 32), (2048, 32, 32), (4096, 32, 32), (8192, 32, 8), (16_384, 32, 8)),
-)
+    "batch, seq, heads, kv_heads, head_dim",
+    (
+        (16, 1024, 32, 32, 128), (8, 2048, 32, 32, 128), (4, 4096, 32, 32, 128), (2, 8192, 32, 8, 128),
+        (1, 16_384, 32, 8, 128),
+        (8, 1024, 12, 12, 64), (64, 1024, 12, 12, 64), (8, 2048, 32, 8, 64), (2, 8192, 32, 8, 64),
+    ),
+)  # fmt: skip
 PACKED = pytest.mark.parametrize("heads, kv_heads, head_dim", ((4, 4, 64), (12, 4, 64)))
 
 
 class Dense:
     """q, k and v as slices of one packed QKV, which `race` is to compare the kernels on."""
 
-    def __init__(self, seq: int, heads: int, kv_heads: int):
-        batch = TOKENS // seq
-        self.shape = {"batch": batch, "seq": seq, "heads": heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM}
+    def __init__(self, batch: int, seq: int, heads: int, kv_heads: int, head_dim: int):
+        self.shape = {"batch": batch, "seq": seq, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         widths = [heads, kv_heads, kv_heads]
-        self.inputs = random(batch, seq, sum(widths), HEAD_DIM).split(widths, dim=2)
-        self.dout = random(batch, seq, heads, HEAD_DIM)
-        self.product = batch * heads * seq * seq * HEAD_DIM  # flops of one matrix product, half of it masked
+        self.inputs = random(batch, seq, sum(widths), head_dim).split(widths, dim=2)
+        self.dout = random(batch, seq, heads, head_dim)
+        self.product = batch * heads * seq * seq * head_dim  # flops of one matrix product, half of it masked
         self.calls = {
             "ours:cuda": partial(attention, backend="cuda"),
             **{f"eager:{name}": partial(eager.attention, kernel) for name, kernel in KERNELS.items()},
@@ -38,16 +40,16 @@ class Dense:
 
 @pytest.mark.gpu
 @DENSE
-def test_fwd(race, seq, heads, kv_heads):
-    dense = Dense(seq, heads, kv_heads)
+def test_fwd(race, batch, seq, heads, kv_heads, head_dim):
+    dense = Dense(batch, seq, heads, kv_heads, head_dim)
     builders = {name: partial(eager.forward, call, *dense.inputs) for name, call in dense.calls.items()}
     race("attention_fwd", dense.shape, builders, flops=2 * dense.product)
 
 
 @pytest.mark.gpu
 @DENSE
-def test_bwd(race, seq, heads, kv_heads):
-    dense = Dense(seq, heads, kv_heads)
+def test_bwd(race, batch, seq, heads, kv_heads, head_dim):
+    dense = Dense(batch, seq, heads, kv_heads, head_dim)
     builders = {
         name: partial(eager.backward, call, dense.inputs, dense.dout) for name, call in dense.calls.items()
     }

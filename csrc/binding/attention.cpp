@@ -11,12 +11,13 @@ namespace {
 constexpr int64_t kLargestStride = int64_t{1} << 39;  // elements: TMA takes less than 2^40 bytes
 constexpr int64_t kMostRows = int64_t{1} << 30;       // of all heads, padded: kernels number tiles in 32 bits
 
-// (batch, seq, heads, head_dim), of the dtype and on the device of its partner q.
+// (batch, seq, heads, q's head_dim), of the dtype and on the device of its partner q.
 void check_heads(const Tensor& t, const char* name, int64_t batch, int64_t seq, int64_t heads,
                  const Tensor& q) {
+  const int64_t head_dim = q.size(3);
   require(
-      t.dim() == 4 && t.size(0) == batch && t.size(1) == seq && t.size(2) == heads && t.size(3) == kHeadDim,
-      "openllama: ", name, " must be (", batch, ", ", seq, ", ", heads, ", ", kHeadDim, ")");
+      t.dim() == 4 && t.size(0) == batch && t.size(1) == seq && t.size(2) == heads && t.size(3) == head_dim,
+      "openllama: ", name, " must be (", batch, ", ", seq, ", ", heads, ", ", head_dim, ")");
   require(t.scalar_type() == q.scalar_type(), "openllama: ", name, " must have its partner's dtype");
   check_device(t, name, q);
   bool readable = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(3) == 1;
@@ -33,7 +34,7 @@ HeadStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.st
 void set_arguments(Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& next_tile,
                    double scale, bool causal) {
   a.batch = q.size(0), a.seq_q = q.size(1), a.heads = q.size(2);
-  a.seq_k = k.size(1), a.kv_heads = k.size(2);
+  a.seq_k = k.size(1), a.kv_heads = k.size(2), a.head_dim = q.size(3);
   a.q = q.const_data_ptr(), a.q_strides = strides_of(q);
   a.k = k.const_data_ptr(), a.k_strides = strides_of(k);
   a.v = v.const_data_ptr(), a.v_strides = strides_of(v);
@@ -51,7 +52,8 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, double scal
                 kv_heads = k.size(2);
   require(batch > 0 && seq_q > 0 && seq_k > 0 && kv_heads > 0 && heads > 0 && heads % kv_heads == 0,
           "openllama: attention takes sizes of at least 1, and heads that are a multiple of kv_heads");
-  require(std::max(seq_q, seq_k) + kAttentionBlock <= kMostRows / batch / heads,
+  require(q.size(3) == 64 || q.size(3) == 128, "openllama: attention takes a head_dim of 64 or 128");
+  require(std::max(seq_q, seq_k) + 2 * kAttentionBlock <= kMostRows / batch / heads,
           "openllama: attention takes up to 2^30 rows of all heads");
   require(std::isfinite(scale) && scale > 0, "openllama: attention takes a finite scale above 0");
   check_heads(q, "q", batch, seq_q, heads, q);
@@ -68,12 +70,12 @@ void set_angles(AttentionBwd& a, const Tensor& q, const OptionalTensor& cos, con
   require(cos->dim() == 2 && a.seq_q == a.seq_k,
           "openllama: cos must be (positions, head_dim / 2), and q as long as k");
   a.table_rows = cos->size(0);
-  check_flat(*cos, "cos", a.table_rows * kHeadDim / 2, ScalarType::Float, q);
-  check_flat(*sin, "sin", a.table_rows * kHeadDim / 2, ScalarType::Float, q);
+  check_flat(*cos, "cos", a.table_rows * a.head_dim / 2, ScalarType::Float, q);
+  check_flat(*sin, "sin", a.table_rows * a.head_dim / 2, ScalarType::Float, q);
   check_flat(*positions, "positions", a.batch * a.seq_q, ScalarType::Int, q);
   require(a.batch == 1 || a.dk_strides.batch == a.seq_k * a.dk_strides.row,
           "openllama: dk must have its sequences one after the other to be turned back");
-  require(a.kv_heads == 1 || a.dk_strides.head == kHeadDim,
+  require(a.kv_heads == 1 || a.dk_strides.head == a.head_dim,
           "openllama: dk must have its heads side by side to be turned back");
   a.cos = floats(*cos), a.sin = floats(*sin);
   a.positions = static_cast<const int32_t*>(positions->const_data_ptr());
@@ -89,8 +91,8 @@ Rotary of_keys(const AttentionBwd& a) {
           .offset = 0,
           .tokens = a.batch * a.seq_k,
           .heads = a.kv_heads,
-          .head_dim = kHeadDim,
-          .rotary_dim = kHeadDim,
+          .head_dim = a.head_dim,
+          .rotary_dim = a.head_dim,
           .rotated = a.kv_heads,
           .x_stride = a.dk_strides.row,
           .out_stride = a.dk_strides.row,
@@ -105,7 +107,7 @@ Tensor new_tile_number(const Tensor& q) { return torch::stable::new_empty(q, {1}
 std::tuple<Tensor, Tensor> fwd_cuda(Tensor q, Tensor k, Tensor v, double scale, bool causal) {
   const CudaScope scope(q);
   check_inputs(q, k, v, scale);
-  Tensor out = new_like(q, {q.size(0), q.size(1), q.size(2), kHeadDim});
+  Tensor out = new_like(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
   Tensor lse = new_f32(q, {q.size(0), q.size(2), q.size(1)});
   const Tensor next_tile = new_tile_number(q);
   AttentionFwd a{};
@@ -129,8 +131,8 @@ void bwd_cuda(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
   check_heads(dv, "dv", batch, seq_k, kv_heads, q);
   require(out.is_contiguous(), "openllama: attention takes a contiguous out");
   check_flat(lse, "lse", batch * heads * seq_q, ScalarType::Float, q);
-  const int64_t blocks = batch * heads * ((seq_q + kAttentionBlock - 1) / kAttentionBlock);
-  const Tensor dq_sum = new_f32(q, {blocks, kAttentionBlock, kHeadDim});
+  const int64_t blocks = batch * heads * attention_blocks(seq_q, q.size(3));
+  const Tensor dq_sum = new_f32(q, {blocks, kAttentionBlock, q.size(3)});
   const Tensor stats = new_f32(q, {blocks, 2, kAttentionBlock}), next_tile = new_tile_number(q);
   const Tensor set = torch::stable::new_empty(q, {batch * kv_heads}, ScalarType::Int);
   AttentionBwd a{};

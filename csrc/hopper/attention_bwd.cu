@@ -16,59 +16,63 @@ namespace {
 
 using namespace hopper;
 
-constexpr int kQueries = kAttentionBlock, kKeys = 2 * kRows, kStages = 3;
-constexpr int kThreads = 384, kThreadsAround = 256;  // the latter: of the kernels before and after
-constexpr int64_t kCache = 32 << 20;                 // bytes of L2 for q, dout and the sum of dq
-constexpr int64_t kHeadsTogether = 4;                // which the kernel after turns by the same angles
-constexpr int kBoth = 1;                             // named barrier of both warpgroups
+constexpr int kQueries = kAttentionBlock, kKeys = 2 * kRows;
+constexpr int kThreads = 384;
+constexpr int64_t kCache = 32 << 20;  // bytes of L2 for q, dout and the sum of dq
+constexpr int kBoth = 1, kOwn = 2;    // named barriers: of both warpgroups; one for each
+
+// What a head's width asks for. dq is made for as many blocks of queries that each warpgroup has 64 rows of
+// 64 columns: of one block half the columns, or, where that is all of them, one of two blocks.
+template <int width>
+struct Plan {
+  static constexpr int panels = width / kPanel;
+  static constexpr int loading = width == 64 ? 40 : 24, computing = width == 64 ? 232 : 240;  // registers
+  static constexpr int blocks = 2 / panels;           // of queries, to a product for dq
+  static constexpr int stages = width == 64 ? 4 : 3;  // blocks of queries under way
+  static constexpr int tiles = width == 64 ? 2 : 1;   // tiles' keys under way
+};
 
 struct Maps {
   CUtensorMap q, k, v, dout;
 };
 
-template <class T>
+template <class T, class P>
 struct Memory {
-  alignas(1024) T k[kPanels][kKeys][kPanel];
-  alignas(1024) T v[kPanels][kKeys][kPanel];
-  alignas(1024) T q[kStages][kPanels][kQueries][kPanel];
-  alignas(1024) T dout[kStages][kPanels][kQueries][kPanel];
-  alignas(1024) T ds[2][kKeys][kPanel];              // dS^T
-  alignas(1024) float dq[2][kQueries * kWidth / 2];  // of each warpgroup
-  alignas(16) float stats[kStages][2][kQueries];     // of each query: lse in base 2, delta
-  int tile;                                          // its number, while k and v are there
-  uint64_t k_full, v_full, kv_empty, q_full[kStages], q_empty[kStages], dout_full[kStages],
-      dout_empty[kStages], dq_full[2], dq_empty[2];
+  alignas(1024) T k[P::tiles][P::panels][kKeys][kPanel];
+  alignas(1024) T v[P::tiles][P::panels][kKeys][kPanel];
+  alignas(1024) T q[P::stages][P::panels][kQueries][kPanel];
+  alignas(1024) T dout[P::stages][P::panels][kQueries][kPanel];
+  alignas(1024) T ds[2][P::blocks][kKeys][kPanel];  // dS^T
+  alignas(1024) float dq[2][kPart];                 // of each warpgroup
+  alignas(16) float stats[P::stages][2][kQueries];  // of each query: lse in base 2, delta
+  int tile[P::tiles];                               // its number, while k and v are there
+  uint64_t k_full[P::tiles], v_full[P::tiles], kv_empty[P::tiles], q_full[P::stages], q_empty[P::stages],
+      dout_full[P::stages], dout_empty[P::stages], ds_full, dq_full[2], dq_empty[2];
 };
-
-// Two neighbouring pairs (low, high) turn back.
-__device__ __forceinline__ void turn_back(float* low, float* high, const float* cos, const float* sin) {
-  const float2 c = *reinterpret_cast<const float2*>(cos), d = *reinterpret_cast<const float2*>(sin);
-  const float2 x = {low[0], low[1]}, y = {high[0], high[1]};
-  low[0] = x.x * c.x + y.x * d.x, low[1] = x.y * c.y + y.y * d.y;
-  high[0] = y.x * c.x - x.x * d.x, high[1] = y.y * c.y - x.y * d.y;
-}
 
 struct Tile {
   int first_key, kv_head, batch, first;  // the first block of queries that sees any of its keys
 };
 
-template <bool causal>
+template <class P>
 __device__ __forceinline__ Tile tile_of(int index, const Shape& s) {
   const Place place = place_of(index, s, s.batch * s.kv_heads);
   const int key = place.tile * kKeys;  // the first keys are seen by most queries
   // the first tile sets dq of all queries, also of those that see no key
-  const int first = causal && key > 0 ? max(0, key - (s.seq_k - s.seq_q)) / kQueries : 0;
+  const int first = key > 0 ? max(0, key - s.ahead) / (P::blocks * kQueries) * P::blocks : 0;
   return {key, place.which % s.kv_heads, place.which / s.kv_heads, first};
 }
 
-// Calls go(head, i, first) for each block i of queries that sees keys of the tile, of all heads that share
-// it, the last queries first: all tiles of a head begin with the same ones.
-template <class F>
+// Calls go(head, i, first) for every `step`th block i of queries that sees keys of the tile, of all heads
+// that share it, the last queries first: all tiles of a head begin with the same ones.
+template <class P, int step, class F>
 __device__ __forceinline__ void for_queries(const Tile& t, const Shape& s, const F& go) {
 #pragma unroll 1
-  for (int i = s.blocks - 1, n = 0; i >= t.first;) {
-    go(t.kv_head * s.sharing + n, i, n == 0 && i == s.blocks - 1);
-    if (++n == s.sharing) n = 0, --i;
+  for (int i = s.blocks - P::blocks, n = 0; i >= t.first;) {
+#pragma unroll 1
+    for (int b = 0; b < P::blocks; b += step)
+      go(t.kv_head * s.sharing + n, i + b, n == 0 && b == 0 && i == s.blocks - P::blocks);
+    if (++n == s.sharing) n = 0, i -= P::blocks;
   }
 }
 
@@ -79,16 +83,16 @@ __device__ __forceinline__ int64_t number_of(const Tile& t, const Shape& s, int 
 
 // ---------------------------------------------------------------- loading: one thread
 
-template <class T, bool causal>
-__device__ __forceinline__ void produce(Memory<T>& m, const Maps& maps, const float* stats, const Shape& s,
+template <class T, class P>
+__device__ __forceinline__ void produce(Memory<T, P>& m, const Maps& maps, const float* stats, const Shape& s,
                                         int tiles, int* next_tile) {
-  Ring<kStages> ring;
-  uint32_t kv_parity = 1;
+  Ring<P::stages> ring;
+  Ring<P::tiles> kv;
   int index;
 #pragma unroll 1
   while ((index = atomicAdd(next_tile, 1)) < tiles) {
-    const Tile t = tile_of<causal>(index, s);
-    for_queries(t, s, [&](int head, int i, bool first) {
+    const Tile t = tile_of<P>(index, s);
+    for_queries<P, 1>(t, s, [&](int head, int i, bool first) {
       const int at = ring.stage;
       wait(&m.q_empty[at], ring.parity ^ 1);
       arrive_expecting(&m.q_full[at], sizeof(m.q[0]) + sizeof(m.stats[0]));
@@ -96,13 +100,13 @@ __device__ __forceinline__ void produce(Memory<T>& m, const Maps& maps, const fl
                 &m.q_full[at]);
       load_rows(m.q[at], maps.q, &m.q_full[at], i * kQueries, head, t.batch);
       if (first) {  // after the first queries, as the room of keys is taken longer
-        wait(&m.kv_empty, kv_parity);
-        kv_parity ^= 1;
-        m.tile = index;
-        arrive_expecting(&m.k_full, sizeof(m.k));
-        load_rows(m.k, maps.k, &m.k_full, t.first_key, t.kv_head, t.batch);
-        arrive_expecting(&m.v_full, sizeof(m.v));
-        load_rows(m.v, maps.v, &m.v_full, t.first_key, t.kv_head, t.batch);
+        wait(&m.kv_empty[kv.stage], kv.parity ^ 1);
+        m.tile[kv.stage] = index;
+        arrive_expecting(&m.k_full[kv.stage], sizeof(m.k[0]));
+        load_rows(m.k[kv.stage], maps.k, &m.k_full[kv.stage], t.first_key, t.kv_head, t.batch);
+        arrive_expecting(&m.v_full[kv.stage], sizeof(m.v[0]));
+        load_rows(m.v[kv.stage], maps.v, &m.v_full[kv.stage], t.first_key, t.kv_head, t.batch);
+        kv.next();
       }
       wait(&m.dout_empty[at], ring.parity ^ 1);
       arrive_expecting(&m.dout_full[at], sizeof(m.dout[0]));
@@ -110,44 +114,44 @@ __device__ __forceinline__ void produce(Memory<T>& m, const Maps& maps, const fl
       ring.next();
     });
   }
-  wait(&m.kv_empty, kv_parity);
-  m.tile = index;  // none
-  arrive(&m.k_full);
+  wait(&m.kv_empty[kv.stage], kv.parity ^ 1);
+  m.tile[kv.stage] = index;  // none
+  arrive(&m.k_full[kv.stage]);
 }
 
 // ---------------------------------------------------------------- adding dq to global memory: one thread
 
 // `set`: of each key head, how many steps its first tile has set dq of. That was taken before its others, by
 // a block that runs: what is waited for here comes.
-template <class T, bool causal>
-__device__ __forceinline__ void add_dq(Memory<T>& m, float* dq, int* set, const Shape& s, int tiles) {
-  constexpr int half = kQueries * kWidth / 2;
-  uint32_t parity = 0, k_parity = 0;
+template <class T, class P>
+__device__ __forceinline__ void add_dq(Memory<T, P>& m, float* dq, int* set, const Shape& s, int tiles) {
+  uint32_t parity = 0;
+  Ring<P::tiles> kv;
 #pragma unroll 1
   for (;;) {
-    wait(&m.k_full, k_parity);
-    k_parity ^= 1;
-    const int index = m.tile;
-    arrive(&m.kv_empty);  // the number is read
+    wait(&m.k_full[kv.stage], kv.parity);
+    const int index = m.tile[kv.stage];
+    arrive(&m.kv_empty[kv.stage]);  // the number is read
+    kv.next();
     if (index >= tiles) break;
-    const Tile t = tile_of<causal>(index, s);
+    const Tile t = tile_of<P>(index, s);
     int* const done = set + t.batch * s.kv_heads + t.kv_head;
     const bool sets = t.first_key == 0;
     int step = 0, seen = 0;
-    for_queries(t, s, [&](int head, int i, bool) {
+    for_queries<P, P::blocks>(t, s, [&](int head, int i, bool) {
       ++step;
       if (!sets && seen < step) {
         while ((seen = load_acquire(done)) < step);
         fence_async_global();
       }
-      float* const to = dq + number_of(t, s, head, i) * (2 * half);
+      float* const to = dq + number_of(t, s, head, i) * (P::panels * kPart);
 #pragma unroll
       for (int wg = 0; wg < 2; ++wg) {
         wait(&m.dq_full[wg], parity);
         if (sets)
-          store_bulk(to + wg * half, m.dq[wg], sizeof(m.dq[0]));
+          store_bulk(to + wg * kPart, m.dq[wg], sizeof(m.dq[0]));
         else
-          add_bulk(to + wg * half, m.dq[wg], sizeof(m.dq[0]));
+          add_bulk(to + wg * kPart, m.dq[wg], sizeof(m.dq[0]));
         bulk_commit();
       }
       bulk_wait_read<1>();
@@ -168,21 +172,22 @@ __device__ __forceinline__ void add_dq(Memory<T>& m, float* dq, int* set, const 
 
 // A warpgroup's 64 keys of a tile. Element 4 j + 2 h + e of a (64 keys, 64 queries) product is of key(h) and
 // query 8 j + 2 (thread % 4) + e.
-template <class T, bool causal>
+template <class T, class P>
 struct Consumer {
-  Memory<T>& m;
+  Memory<T, P>& m;
   const Shape& s;
   const int wg, thread;
-  Ring<kStages> ring;
-  uint32_t kv_parity = 0, dq_parity = 1;
+  Ring<P::stages> ring;
+  Ring<P::tiles> kv;
+  uint32_t dq_parity = 1, ds_parity = 0;
   int ds_at = 0;
-  float dk[kWidth / 2], dv[kWidth / 2];
+  float dk[P::panels * kPanel / 2], dv[P::panels * kPanel / 2];
 
-  __device__ __forceinline__ Consumer(Memory<T>& m, const Shape& s)
+  __device__ __forceinline__ Consumer(Memory<T, P>& m, const Shape& s)
       : m(m), s(s), wg(__shfl_sync(~0u, threadIdx.x / 128 - 1, 0)), thread(threadIdx.x % 128) {}
 
-  static __device__ __forceinline__ int before(int stage) { return stage == 0 ? kStages - 1 : stage - 1; }
-  static __device__ __forceinline__ int after(int stage) { return stage + 1 == kStages ? 0 : stage + 1; }
+  static __device__ __forceinline__ int before(int stage) { return stage == 0 ? P::stages - 1 : stage - 1; }
+  static __device__ __forceinline__ int after(int stage) { return stage + 1 == P::stages ? 0 : stage + 1; }
 
   __device__ __forceinline__ void release(uint64_t* b) const {
     if (thread == 0) arrive(b);
@@ -194,17 +199,19 @@ struct Consumer {
 
   // d (64 of the keys, 64 queries) = keys queries^T
   __device__ __forceinline__ void multiply_keys(float (&d)[kQueries / 2],
-                                                const T (&keys)[kPanels][kKeys][kPanel],
-                                                const T (&queries)[kPanels][kQueries][kPanel]) {
+                                                const T (&keys)[P::panels][kKeys][kPanel],
+                                                const T (&queries)[P::panels][kQueries][kPanel]) {
     uint32_t at = shared(keys[0][wg * kRows]);
     // made anew each time: kept over the loop, the descriptors of k and v would spill
     asm volatile("" : "+r"(at));
     multiply(d, at, sizeof(keys[0]), queries);
   }
 
-  // z (64 queries, half of the columns) = dS k
-  __device__ __forceinline__ void multiply_dq(float (&z)[kWidth / 4]) {
-    const uint64_t ds = matrix(shared(m.ds[ds_at])), k = matrix(shared(m.k[wg]), sizeof(m.k[0]));
+  // z (64 queries, 64 columns) = dS k
+  __device__ __forceinline__ void multiply_dq(float (&z)[kPart / 128]) {
+    const auto& own_k = m.k[kv.stage];
+    const uint64_t ds = matrix(shared(m.ds[ds_at][P::blocks == 2 ? wg : 0])),
+                   k = matrix(shared(own_k[P::panels == 2 ? wg : 0]), sizeof(own_k[0]));
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n)
@@ -232,7 +239,7 @@ struct Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // the first of this block's queries that sees the key; none sees one past the end
-      const int seen_from = causal ? key(t, half) - (s.seq_k - s.seq_q) - i * kQueries : 0;
+      const int seen_from = key(t, half) - s.ahead - i * kQueries;
       const int from = (key(t, half) >= s.seq_k ? kQueries : seen_from) - 2 * (thread % 4);
 #pragma unroll
       for (int j = 0; j < kQueries / 8; ++j)
@@ -257,26 +264,31 @@ struct Consumer {
     }
   }
 
-  // dS^T to shared memory, for both warpgroups.
-  __device__ __forceinline__ void share(const uint32_t (&ds)[kQueries / 16][4]) {
-    const int row = wg * kRows + thread / 32 * 16 + thread % 16;
-#pragma unroll
-    for (int n = 0; n < kQueries / 16; ++n)
-      store_matrices(shared(part(m.ds[ds_at], row, 2 * n + thread % 32 / 16)), ds[n][0], ds[n][1], ds[n][2],
-                     ds[n][3]);
-    fence_async();
-    named_sync(kBoth, 256);
+  // The 16 bytes of a panel's row that this thread has for load_matrices and store_matrices, of columns from
+  // 16 n on.
+  __device__ __forceinline__ T* own_part(T (*rows)[kPanel], int n) const {
+    return part(rows, wg * kRows + thread / 32 * 16 + thread % 16, 2 * n + thread % 32 / 16);
   }
 
-  __device__ __forceinline__ void hand_over(const float (&dq)[kWidth / 4]) {
+  // dS^T of a block to shared memory, for both warpgroups.
+  __device__ __forceinline__ void store(const uint32_t (&ds)[kQueries / 16][4], int block) {
+#pragma unroll
+    for (int n = 0; n < kQueries / 16; ++n)
+      store_matrices(shared(own_part(m.ds[ds_at][block], n)), ds[n][0], ds[n][1], ds[n][2], ds[n][3]);
+    fence_async();
+  }
+
+  __device__ __forceinline__ void hand_over(const float (&dq)[kPart / 128]) {
     float4* const to = reinterpret_cast<float4*>(m.dq[wg]) + thread;
 #pragma unroll
-    for (int j = 0; j < kWidth / 16; ++j)
+    for (int j = 0; j < kPart / 512; ++j)
       to[128 * j] = make_float4(dq[4 * j], dq[4 * j + 1], dq[4 * j + 2], dq[4 * j + 3]);
     fence_async();
     arrive(&m.dq_full[wg]);
   }
 
+  // ---- 128 columns
+  //
   // The scores of a step are made in the step before, while dS is stored; dk of a step ends in the step
   // after: the tensor cores have work while this warpgroup computes.
   __device__ __forceinline__ void step(const Tile& t, float (&x)[kQueries / 2], int i, bool first, bool last,
@@ -284,12 +296,9 @@ struct Consumer {
     float y[kQueries / 2];  // dP; x is the scores, then P, then the next scores
     uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
     const int at = ring.stage;
-    if (first) {
-      wait(&m.v_full, kv_parity);
-      kv_parity ^= 1;
-    }
+    if (first) wait(&m.v_full[kv.stage], kv.parity);
     wait(&m.dout_full[at], ring.parity);
-    multiply_keys(y, m.v, m.dout[at]);
+    multiply_keys(y, m.v[kv.stage], m.dout[at]);
     probabilities(x);
     if (masked) mask(x, t, i);
     wgmma_wait<1>();  // dk of the step before: its dS's registers are P's
@@ -306,14 +315,15 @@ struct Consumer {
     // the last step's are not used, but a branch would make all products wait
     const int next = last ? at : after(at);
     wait(&m.q_full[next], ring.parity ^ (next == 0 && at != 0));
-    multiply_keys(x, m.k, m.q[next]);
+    multiply_keys(x, m.k[kv.stage], m.q[next]);
     wgmma_wait<1>();  // dv: its P's registers are dS's, then dq's
     keep(dv);
     keep(y);
     release(&m.dout_empty[at]);
     round_to<T>(ds, y);
-    share(ds);
-    float z[kWidth / 4];
+    store(ds, 0);
+    named_sync(kBoth, 256);
+    float z[kPart / 128];
     multiply_dq(z);
     add_product(dk, ds, m.q[at]);
     wgmma_wait<1>();  // the next scores, dq
@@ -324,18 +334,10 @@ struct Consumer {
     ring.next();
   }
 
-  __device__ __forceinline__ void run(const Tile& t) {
-#pragma unroll
-    for (int i = 0; i < kWidth / 2; ++i) dk[i] = dv[i] = 0;
-    // queries from this block on see all keys of the tile
-    const int last_key = t.first_key + kKeys - 1 - (s.seq_k - s.seq_q);
-    const bool tail = t.first_key + kKeys > s.seq_k;
-    const int whole = tail     ? s.blocks
-                      : causal ? min(s.blocks, max(t.first, (last_key + kQueries - 1) / kQueries))
-                               : t.first;
+  __device__ __forceinline__ void run_wide(const Tile& t, int whole) {
     float x[kQueries / 2];
     wait(&m.q_full[ring.stage], ring.parity);
-    multiply_keys(x, m.k, m.q[ring.stage]);
+    multiply_keys(x, m.k[kv.stage], m.q[ring.stage]);
     wgmma_wait<0>();
     keep(x);
     const int masked = s.sharing * (whole - t.first);  // steps, the last ones
@@ -345,36 +347,160 @@ struct Consumer {
     wgmma_wait<0>();
     keep(dk);
     release(&m.q_empty[before(ring.stage)]);
-    release(&m.kv_empty);
   }
 
-  // Through the memory of dS, of which each warpgroup has half.
+  // ---- 64 columns
+  //
+  // There are registers to spare: v stays in them, which saves reading shared memory, P and dS have some of
+  // their own, so that a step waits less, and dq of two blocks is made in the first step of the next two,
+  // where neither warpgroup has to wait for the other's dS.
+
+  __device__ __forceinline__ void wait_for_ds() {
+    wait(&m.ds_full, ds_parity);
+    ds_parity ^= 1;
+  }
+
+  __device__ __forceinline__ void multiply_last_dq(float (&z)[kPart / 128]) {
+    ds_at ^= 1;
+    multiply_dq(z);
+    ds_at ^= 1;
+  }
+
+  __device__ __forceinline__ void hand_over_when_empty(const float (&z)[kPart / 128]) {
+    wait(&m.dq_empty[wg], dq_parity);
+    dq_parity ^= 1;
+    hand_over(z);
+  }
+
+  // `block`: which of the two; `opens`: they are the tile's first.
+  template <int block, bool opens>
+  __device__ __forceinline__ void half_step(const Tile& t, const uint32_t (&v)[kPanel / 16][4],
+                                            float (&x)[kQueries / 2], int i, bool last, bool masked) {
+    constexpr bool makes_dq = block == 0 && !opens;
+    float y[kQueries / 2], z[kPart / 128];
+    uint32_t p[kQueries / 16][4], ds[kQueries / 16][4];
+    const int at = ring.stage;
+    wait(&m.dout_full[at], ring.parity);
+    multiply(y, v, m.dout[at]);
+    probabilities(x);
+    if (masked) mask(x, t, i);
+    round_to<T>(p, x);
+    add_product(dv, p, m.dout[at]);
+    wgmma_wait<1>();  // dk of the step before, dP
+    keep(y);
+    keep(dk);
+    if (block == 1 || !opens) release(&m.q_empty[before(at)]);
+    score_gradients(y, x, at);
+    // the last step's are not used, but a branch would make all products wait
+    const int next = last ? at : after(at);
+    wait(&m.q_full[next], ring.parity ^ (next == 0 && at != 0));
+    multiply_keys(x, m.k[kv.stage], m.q[next]);
+    round_to<T>(ds, y);
+    if constexpr (makes_dq) wait_for_ds();  // both have made dq of what this room held, too
+    store(ds, block);
+    if constexpr (block == 1) {
+      arrive(&m.ds_full);
+      ds_at ^= 1;
+    }
+    if constexpr (makes_dq) multiply_last_dq(z);
+    add_product(dk, ds, m.q[at]);
+    wgmma_wait<1>();  // dv, the next scores, dq
+    keep(x);
+    keep(dv);
+    release(&m.dout_empty[at]);
+    if constexpr (makes_dq) {
+      keep(z);
+      hand_over_when_empty(z);
+    }
+    ring.next();
+  }
+
+  template <bool opens>
+  __device__ __forceinline__ void two_steps(const Tile& t, const uint32_t (&v)[kPanel / 16][4],
+                                            float (&x)[kQueries / 2], int i, bool last, int whole) {
+    half_step<0, opens>(t, v, x, i, false, i < whole);
+    half_step<1, opens>(t, v, x, i + 1, last, i + 1 < whole);
+  }
+
+  __device__ __forceinline__ void run_narrow(const Tile& t, int whole) {
+    float x[kQueries / 2], z[kPart / 128];
+    uint32_t v[kPanel / 16][4];
+    wait(&m.q_full[ring.stage], ring.parity);
+    multiply_keys(x, m.k[kv.stage], m.q[ring.stage]);
+    wait(&m.v_full[kv.stage], kv.parity);
+#pragma unroll
+    for (int n = 0; n < kPanel / 16; ++n) load_matrices(v[n], shared(own_part(m.v[kv.stage][0], n)));
+    wgmma_wait<0>();
+    keep(x);
+    int left = s.sharing * (s.blocks - t.first) / 2;
+    two_steps<true>(t, v, x, s.blocks - 2, left == 1, whole);
+    while (--left > 0) two_steps<false>(t, v, x, t.first + (left - 1) / s.sharing * 2, left == 1, whole);
+    wait_for_ds();
+    multiply_last_dq(z);
+    wgmma_wait<0>();
+    keep(z);
+    keep(dk);
+    hand_over_when_empty(z);
+    release(&m.q_empty[before(ring.stage)]);
+  }
+
+  // ---- both
+
+  __device__ __forceinline__ void run(const Tile& t) {
+#pragma unroll
+    for (int i = 0; i < P::panels * kPanel / 2; ++i) dk[i] = dv[i] = 0;
+    // queries from this block on see all keys of the tile
+    const int last_key = t.first_key + kKeys - 1 - s.ahead;
+    const bool tail = t.first_key + kKeys > s.seq_k;
+    const int whole = tail ? s.blocks : min(s.blocks, max(t.first, (last_key + kQueries - 1) / kQueries));
+    if constexpr (P::blocks == 2)
+      run_narrow(t, whole);
+    else
+      run_wide(t, whole);
+  }
+
+  // Through the memory of dS, of which each warpgroup has half, or that of its own part of v, which is in
+  // registers: then it waits for nobody.
   __device__ __forceinline__ void write(const Tile& t, T* to_dk, T* to_dv, const HeadStrides& dk_strides,
                                         const HeadStrides& dv_strides) {
     const int first = t.first_key + wg * kRows;
     const auto place = [&](T* to, const HeadStrides& strides) {
       return to + t.batch * strides.batch + t.kv_head * strides.head + first * strides.row;
     };
-    named_sync(kBoth, 256);  // both are done with dS
-    write_rows(dv, 1.0f, m.ds[wg], place(to_dv, dv_strides), dv_strides.row, s.seq_k - first);
-    write_rows(dk, s.scale, m.ds[wg], place(to_dk, dk_strides), dk_strides.row, s.seq_k - first);
-    named_sync(kBoth, 256);  // and with the room in it
+    T(*const room)[kPanel] = P::blocks == 2 ? m.v[kv.stage][0] + wg * kRows : m.ds[wg][0];
+    if constexpr (P::blocks == 1) {
+      release(&m.kv_empty[kv.stage]);
+      named_sync(kBoth, 256);  // both are done with dS
+    }
+    write_rows(dv, 1.0f, room, place(to_dv, dv_strides), dv_strides.row, s.seq_k - first);
+    write_rows(dk, s.scale, room, place(to_dk, dk_strides), dk_strides.row, s.seq_k - first);
+    if constexpr (P::blocks == 1) {
+      named_sync(kBoth, 256);  // and with the room in it
+    } else {
+      fence_async();  // TMA writes there next
+      named_sync(kOwn + wg, 128);
+      release(&m.kv_empty[kv.stage]);
+    }
+    kv.next();
   }
 };
 
 // ---------------------------------------------------------------- kernels
 
-template <class T>
-__device__ __forceinline__ void init(Memory<T>& m) {
-  barrier_init(&m.k_full, 1);
-  barrier_init(&m.v_full, 1);
-  barrier_init(&m.kv_empty, 3);
-  for (int i = 0; i < kStages; ++i) {
+template <class T, class P>
+__device__ __forceinline__ void init(Memory<T, P>& m) {
+  for (int i = 0; i < P::tiles; ++i) {
+    barrier_init(&m.k_full[i], 1);
+    barrier_init(&m.v_full[i], 1);
+    barrier_init(&m.kv_empty[i], 3);
+  }
+  for (int i = 0; i < P::stages; ++i) {
     barrier_init(&m.q_full[i], 1);
     barrier_init(&m.q_empty[i], 2);
     barrier_init(&m.dout_full[i], 1);
     barrier_init(&m.dout_empty[i], 2);
   }
+  barrier_init(&m.ds_full, 256);
   for (int i = 0; i < 2; ++i) {
     barrier_init(&m.dq_full[i], 128);
     barrier_init(&m.dq_empty[i], 1);
@@ -382,155 +508,55 @@ __device__ __forceinline__ void init(Memory<T>& m) {
   barrier_init_done();
 }
 
-template <class T, bool causal>
+template <class T, class P>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_bwd_kernel(const __grid_constant__ Maps maps, const float* stats, float* dq, T* dk, T* dv,
                          const HeadStrides dk_strides, const HeadStrides dv_strides, int* next_tile, int* set,
                          const Shape s, int tiles) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  auto& m = *reinterpret_cast<Memory<T>*>(raw);
+  auto& m = *reinterpret_cast<Memory<T, P>*>(raw);
   if (threadIdx.x == 0) init(m);
   __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<24>();
-    if (threadIdx.x == 0) produce<T, causal>(m, maps, stats, s, tiles, next_tile);
-    if (threadIdx.x == 32) add_dq<T, causal>(m, dq, set, s, tiles);
+    give_registers<P::loading>();
+    if (threadIdx.x == 0) produce<T, P>(m, maps, stats, s, tiles, next_tile);
+    if (threadIdx.x == 32) add_dq<T, P>(m, dq, set, s, tiles);
   } else {
-    take_registers<240>();
-    Consumer<T, causal> c(m, s);
+    take_registers<P::computing>();
+    Consumer<T, P> c(m, s);
     for (;;) {
-      wait(&m.k_full, c.kv_parity);
-      const int index = m.tile;
+      wait(&m.k_full[c.kv.stage], c.kv.parity);
+      const int index = m.tile[c.kv.stage];
       if (index >= tiles) break;
-      const Tile t = tile_of<causal>(index, s);
+      const Tile t = tile_of<P>(index, s);
       c.run(t);
       c.write(t, dk, dv, dk_strides, dv_strides);
     }
   }
 }
 
-// Of a block of queries: delta, and lse in base 2, padded with what makes P zero. And none set, none taken.
-template <class T>
-__global__ void __launch_bounds__(kThreadsAround)
-    attention_bwd_begin_kernel(const AttentionBwd a, int blocks) {
-  constexpr int lanes = kWidth / kPack<T>, step = kThreadsAround / lanes, mine = kQueries / step;
-  const int lane = threadIdx.x % lanes, own = threadIdx.x / lanes;
-  const int64_t head = blockIdx.x / blocks, batch = head / a.heads, which = head % a.heads;
-  const int64_t first = int64_t(blockIdx.x % blocks) * kQueries;
-  const T* const out =
-      static_cast<const T*>(a.out) + (batch * a.seq_q * a.heads + which) * kWidth + lane * kPack<T>;
-  const T* const dout = static_cast<const T*>(a.dout) + batch * a.dout_strides.batch +
-                        which * a.dout_strides.head + lane * kPack<T>;
-  Vec<T, kPack<T>> o[mine], d[mine];
-  float lse[mine];
-#pragma unroll
-  for (int n = 0; n < mine; ++n) {
-    const int64_t row = min(first + own + n * step, a.seq_q - 1);
-    o[n] = load<kPack<T>>(out + row * a.heads * kWidth),
-    d[n] = load<kPack<T>>(dout + row * a.dout_strides.row);
-    lse[n] = a.lse[head * a.seq_q + row];
-  }
-  float* const stats = a.stats + int64_t(blockIdx.x) * (2 * kQueries);
-#pragma unroll
-  for (int n = 0; n < mine; ++n) {
-    float sum = 0;
-#pragma unroll
-    for (int e = 0; e < kPack<T>; ++e) sum += o[n][e] * d[n][e];
-    sum = warp_sum(sum, lanes);
-    if (lane) continue;
-    const int row = own + n * step;
-    const bool sees_none = first + row >= a.seq_q || lse[n] == -INFINITY;
-    stats[row] = sees_none ? INFINITY : lse[n] * kLog2e;
-    stats[kQueries + row] = first + row < a.seq_q ? sum : 0;
-  }
-  if (threadIdx.x > 0) return;
-  if (first == 0 && which % (a.heads / a.kv_heads) == 0)
-    a.set[batch * a.kv_heads + which * a.kv_heads / a.heads] = 0;
-  if (blockIdx.x == 0) *a.next_tile = 0;
-}
-
-// dq of a block of queries and some heads, scaled and rounded, out of the order of the products' registers:
-// float4 j of thread t of warpgroup w is rows 16 (t / 32) + t % 32 / 4 and 8 below, columns w kWidth / 2 + 8
-// j
-// + 2 (t % 4) and one more. A thread takes the same of both warpgroups, which rotary has as pairs. Through
-// shared memory, to write rows.
-template <class T>
-__global__ void __launch_bounds__(kThreadsAround, 2)
-    attention_bwd_end_kernel(const AttentionBwd a, int blocks) {
-  constexpr int parts = kWidth / kPack<T>, half_sum = kQueries * kWidth / 8, mine = kWidth / 32;
-  // 16 bytes more to a row, so that rows lie in other banks
-  __shared__ __align__(16) T tile[kQueries][kWidth + kPack<T>];
-  const int t = threadIdx.x % 128, own = t / 32 * 16 + t % 32 / 4, j = threadIdx.x / 128 * mine;
-  const int column = 8 * j + 2 * (t % 4);
-  const int64_t batch = blockIdx.x / blocks, first = int64_t(blockIdx.x % blocks) * kQueries;
-  float cos[2][mine][2], sin[2][mine][2];
-  if (a.cos)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t position = a.positions[batch * a.seq_q + min(first + own + 8 * half, a.seq_q - 1)];
-      require(position >= 0 && position < a.table_rows, "attention: a position is outside rotary's tables");
-      const int64_t at = position * (kWidth / 2) + column;
-#pragma unroll
-      for (int n = 0; n < mine; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          cos[half][n][e] = a.cos[at + 8 * n + e], sin[half][n][e] = a.sin[at + 8 * n + e];
-    }
-#pragma unroll 1
-  for (int64_t head = blockIdx.y * kHeadsTogether; head < min((blockIdx.y + 1) * kHeadsTogether, a.heads);
-       ++head) {
-    const float4* const from = reinterpret_cast<const float4*>(a.dq_sum) +
-                               ((batch * a.heads + head) * blocks + blockIdx.x % blocks) * (2 * half_sum) +
-                               128 * j + t;
-    float4 x[mine], y[mine];
-#pragma unroll
-    for (int n = 0; n < mine; ++n) x[n] = from[128 * n], y[n] = from[half_sum + 128 * n];
-    __syncthreads();  // the head before is written
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int n = 0; n < mine; ++n) {
-        float *const low = &x[n].x + 2 * half, *const high = &y[n].x + 2 * half;
-        if (a.cos) turn_back(low, high, cos[half][n], sin[half][n]);
-        T* const to = &tile[own + 8 * half][column + 8 * n];
-        *reinterpret_cast<uint32_t*>(to) = Pair<T>::of(a.scale * low[0], a.scale * low[1]);
-        *reinterpret_cast<uint32_t*>(to + kWidth / 2) = Pair<T>::of(a.scale * high[0], a.scale * high[1]);
-      }
-    __syncthreads();
-    T* const dq = static_cast<T*>(a.dq) + batch * a.dq_strides.batch + head * a.dq_strides.head;
-#pragma unroll
-    for (int k = threadIdx.x; k < kQueries * parts; k += kThreadsAround) {
-      const int r = k / parts, part = k % parts * kPack<T>;
-      if (first + r < a.seq_q)
-        store(dq + (first + r) * a.dq_strides.row + part, load<kPack<T>>(&tile[r][part]));
-    }
-  }
-}
-
 // ---------------------------------------------------------------- launchers
 
-template <class T, bool causal>
+template <class T, int width>
 cudaError_t launch(const Maps& maps, const AttentionBwd& a, cudaStream_t stream) {
-  const auto kernel = attention_bwd_kernel<T, causal>;
-  const int bytes = sizeof(Memory<T>);
-  const int64_t cached = kCache / (a.seq_q * kHeadDim * (2 * size_of(a.dtype) + int64_t{sizeof(float)}));
+  using P = Plan<width>;
+  const auto kernel = attention_bwd_kernel<T, P>;
+  constexpr int bytes = sizeof(Memory<T, P>);
+  static_assert(bytes <= 227 << 10);
+  const int64_t cached = kCache / (a.seq_q * width * (2 * size_of(a.dtype) + int64_t{sizeof(float)}));
   const Shape s = shape_of(a, a.seq_k, kKeys, a.kv_heads, cached);
   const int tiles = s.tiles * s.batch * s.kv_heads;
-  const unsigned around = static_cast<unsigned>(s.batch * s.heads * s.blocks);
   unsigned blocks = 0;
   cudaError_t error = prepare(kernel, bytes, 1, tiles, blocks);
   if (error != cudaSuccess) return error;
-  attention_bwd_begin_kernel<T><<<around, kThreadsAround, 0, stream>>>(a, s.blocks);
-  error = cudaGetLastError();
+  error = attention_bwd_begin(a, stream);
   if (error != cudaSuccess) return error;
   kernel<<<blocks, kThreads, bytes, stream>>>(maps, a.stats, a.dq_sum, static_cast<T*>(a.dk),
                                               static_cast<T*>(a.dv), a.dk_strides, a.dv_strides, a.next_tile,
                                               a.set, s, tiles);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  const dim3 ends(s.batch * s.blocks, static_cast<unsigned>(ceil_div(a.heads, kHeadsTogether)));
-  attention_bwd_end_kernel<T><<<ends, kThreadsAround, 0, stream>>>(a, s.blocks);
-  return cudaGetLastError();
+  return attention_bwd_end(a, stream);
 }
 
 }  // namespace
@@ -545,7 +571,7 @@ cudaError_t attention_bwd(const AttentionBwd& a, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   return with_half(a.dtype, [&](auto t) {
     using T = decltype(t);
-    return a.causal ? launch<T, true>(maps, a, stream) : launch<T, false>(maps, a, stream);
+    return a.head_dim == 64 ? launch<T, 64>(maps, a, stream) : launch<T, 128>(maps, a, stream);
   });
 }
 

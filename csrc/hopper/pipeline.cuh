@@ -187,4 +187,11 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
                "r"(b), "r"(c), "r"(d)
                : "memory");
 }
+// And back.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
 }  // namespace openllama::cuda::hopper

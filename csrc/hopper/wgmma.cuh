@@ -90,18 +90,23 @@ OPENLLAMA_WGMMAS(f16)
 #undef OPENLLAMA_WGMMA
 
 // A out of registers.
-#define OPENLLAMA_WGMMA(TYPE)                                                                               \
-  template <Major b_major>                                                                                  \
-  __device__ __forceinline__ void wgmma_##TYPE(float (&d)[64], const uint32_t (&a)[4], uint64_t b,          \
-                                               bool add) {                                                  \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %70, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." #TYPE \
-                 "." #TYPE " {" OPENLLAMA_R64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, %69;}"                   \
-                 : OPENLLAMA_D64(d, 0)                                                                      \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(b_major)), "r"(int(add))     \
-                 : "memory");                                                                               \
+#define OPENLLAMA_WGMMA(TYPE, COLUMNS, COUNT, A, B, B_MAJOR, ADD)                                        \
+  template <Major b_major>                                                                               \
+  __device__ __forceinline__ void wgmma_##TYPE(float (&d)[COUNT], const uint32_t (&a)[4], uint64_t b,    \
+                                               bool add) {                                               \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #COLUMNS  \
+                 "k16.f32." #TYPE "." #TYPE " {" OPENLLAMA_R##COUNT "}, " A ", " B ", p, 1, 1, " B_MAJOR \
+                                                                    ";}"                                 \
+                 : OPENLLAMA_D##COUNT(d, 0)                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(b_major)), "r"(int(add))  \
+                 : "memory");                                                                            \
   }
-OPENLLAMA_WGMMA(bf16)
-OPENLLAMA_WGMMA(f16)
+#define OPENLLAMA_WGMMAS(TYPE)                                            \
+  OPENLLAMA_WGMMA(TYPE, 64, 32, "{%32,%33,%34,%35}", "%36", "%37", "%38") \
+  OPENLLAMA_WGMMA(TYPE, 128, 64, "{%64,%65,%66,%67}", "%68", "%69", "%70")
+OPENLLAMA_WGMMAS(bf16)
+OPENLLAMA_WGMMAS(f16)
+#undef OPENLLAMA_WGMMAS
 #undef OPENLLAMA_WGMMA
 
 // A and B out of shared memory; the first of a sum (add: false) does not read d.
@@ -113,8 +118,8 @@ __device__ __forceinline__ void wgmma(float (&d)[n], uint64_t a, uint64_t b, boo
     wgmma_f16<a_major, b_major>(d, a, b, add);
 }
 // A out of registers.
-template <class T, Major b_major>
-__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
+template <class T, Major b_major, int n>
+__device__ __forceinline__ void wgmma(float (&d)[n], const uint32_t (&a)[4], uint64_t b, bool add) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
     wgmma_bf16<b_major>(d, a, b, add);
   else

@@ -20,7 +20,7 @@ from .test_rms_norm import Calls
 
 pytestmark = list(ON_HOPPER)
 
-D = 128
+WIDTHS = pytest.mark.parametrize("width", (64, 128))
 NAN = float("nan")
 NO_ANGLES = [None] * 3  # cos, sin, positions
 ours = functools.partial(attention, backend="cuda")
@@ -52,23 +52,25 @@ def exact(q, k, v, causal, scale):
     return (probabilities @ v).transpose(1, 2), lse
 
 
-def make(batch, seq, heads, kv_heads, dtype=BF16, seed=0, device="cuda"):
+def make(batch, seq, heads, kv_heads, width=128, dtype=BF16, seed=0, device="cuda"):
     """q, k and v as slices of one packed QKV."""
-    widths = [heads, kv_heads, kv_heads]
-    return list(random((batch, seq, sum(widths), D), dtype, device, seed).split(widths, dim=2))
+    parts = [heads, kv_heads, kv_heads]
+    return list(random((batch, seq, sum(parts), width), dtype, device, seed).split(parts, dim=2))
 
 
-def raw_forward(q, k, v, scale=D**-0.5, causal=True):
+def raw_forward(q, k, v, scale=None, causal=True):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.openllama.attention_fwd(q, k, v, scale, causal)
 
 
-def raw_backward(dout, q, k, v, out, lse, scale=D**-0.5, causal=True, grads=None):
+def raw_backward(dout, q, k, v, out, lse, scale=None, causal=True, grads=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     grads = [torch.full_like(t, NAN) for t in (q, k, v)] if grads is None else grads
     torch.ops.openllama.attention_bwd(dout, q, k, v, out, lse, *grads, scale, causal, *NO_ANGLES)
     return grads
 
 
-def raw(tensors, dout, scale=D**-0.5, causal=True):
+def raw(tensors, dout, scale=None, causal=True):
     """[out, lse, dq, dk, dv]."""
     out, lse = raw_forward(*tensors, scale, causal)
     return [out, lse, *raw_backward(dout, *tensors, out, lse, scale, causal)]
@@ -80,11 +82,12 @@ def raw(tensors, dout, scale=D**-0.5, causal=True):
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("shape", ((1, 1, 1), (3, 4, 2), (1, 8, 1), (3, 3, 3)), ids=str)
-@pytest.mark.parametrize("seq", (1, 63, 64, 65, 127, 128, 129, 1000, 2048))
-def test_error_rule(seq, shape, causal, dtype):
+@pytest.mark.parametrize("seq", (1, 63, 64, 65, 127, 128, 129, 192, 193, 1000, 2048))
+@WIDTHS
+def test_error_rule(width, seq, shape, causal, dtype):
     """At most twice the error of PyTorch's own kernel."""
     batch, heads, kv_heads = shape
-    tensors = make(batch, seq, heads, kv_heads, dtype)
+    tensors = make(batch, seq, heads, kv_heads, width, dtype)
     scale = 0.3 if (batch, heads) == (3, 4) else None
     floor = 1.0 if seq == 1 else 0.0  # a single key's gradients cancel to 0
     assert_error_rule(op, sdpa, tensors, (causal, scale), factor=2.0, ulps=0.5, floor=floor)
@@ -93,9 +96,10 @@ def test_error_rule(seq, shape, causal, dtype):
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("seq", (1, 65, 128, 1000))
-def test_lse(seq, causal, dtype):
-    tensors = make(2, seq, 4, 2, dtype)
-    for scale in (D**-0.5, 0.3):
+@WIDTHS
+def test_lse(width, seq, causal, dtype):
+    tensors = make(2, seq, 4, 2, width, dtype)
+    for scale in (width**-0.5, 0.3):
         _, lse = raw_forward(*tensors, scale, causal)
         expected = exact(*tensors, causal, scale)[1]
         assert lse.dtype == F32 and lse.shape == (2, 4, seq)
@@ -106,12 +110,13 @@ def test_lse(seq, causal, dtype):
 @pytest.mark.parametrize(
     "lengths", ((64, 128), (128, 64), (300, 700), (700, 300), (130, 77), (520, 130), (1, 200), (200, 1)), ids=str
 )  # fmt: skip
-def test_lengths_that_differ(lengths, causal):
+@WIDTHS
+def test_lengths_that_differ(width, lengths, causal):
     """CASES 2, of the raw ops: a causal query sees no key that lies behind it, counted from the ends."""
     seq_q, seq_k = lengths
     scale = 0.2
-    q = random((2, seq_q, 4, D), BF16, "cuda", 0)
-    k, v = (random((2, seq_k, 2, D), BF16, "cuda", i) for i in (1, 2))
+    q = random((2, seq_q, 4, width), BF16, "cuda", 0)
+    k, v = (random((2, seq_k, 2, width), BF16, "cuda", i) for i in (1, 2))
     dout = random(q.shape, BF16, "cuda", 3)
     out, lse, *grads = raw((q, k, v), dout, scale, causal)
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
@@ -130,24 +135,26 @@ def test_lengths_that_differ(lengths, causal):
 
 
 @pytest.mark.parametrize("dtype", (BF16, F16), ids=str)
-def test_large_scores(dtype):
+@WIDTHS
+def test_large_scores(width, dtype):
     """To +-1e4 and beyond: a row's maximum may lie far above its other scores, or fall and rise by thousands."""
-    q, k, v = make(2, 700, 4, 2, dtype)
+    q, k, v = make(2, 700, 4, 2, width, dtype)
     (out,), grads = run(functools.partial(ours, scale=100.0), [q, k, v])
     expected, lse = exact(q, k, v, True, 100.0)
     assert lse.abs().max() > 1e3 and all(t.isfinite().all() for t in (out, *grads))
     near(out, expected.to(dtype), 4)
-    same = torch.full((1, 300, 1, D), 28.0, dtype=dtype, device="cuda")
+    same = torch.full((1, 300, 1, width), 28.0, dtype=dtype, device="cuda")
     ramp = same * torch.linspace(-1, 1, 300, device="cuda").to(dtype)[None, :, None, None]
     for tensors in ((same, ramp, ramp), (same, -ramp, ramp), (ramp, ramp, same)):
-        (out,), grads = run(ours, tensors)  # scores to 28 * 28 * 128 / sqrt(128) = 8,869
+        (out,), grads = run(ours, tensors)  # scores to 28 * 28 * sqrt(128) = 8,869
         assert all(t.isfinite().all() for t in (out, *grads))
 
 
-def test_infinite_and_nan_stay_in_their_batch_row():
+@WIDTHS
+def test_infinite_and_nan_stay_in_their_batch_row(width):
     for which in range(4):
         for value in (NAN, math.inf):
-            tensors, dout = make(3, 200, 4, 2), random((3, 200, 4, D), BF16, "cuda", 9)
+            tensors, dout = make(3, 200, 4, 2, width), random((3, 200, 4, width), BF16, "cuda", 9)
             clean = raw(tensors, dout)
             [*tensors, dout][which][1, 77, 1, 5] = value
             found = raw(tensors, dout)
@@ -157,8 +164,9 @@ def test_infinite_and_nan_stay_in_their_batch_row():
                     near(a[row], b[row], 4)  # dq adds up in any order
 
 
-def test_lse_of_a_nan_is_one():
-    q, k, v = make(1, 100, 1, 1)
+@WIDTHS
+def test_lse_of_a_nan_is_one(width):
+    q, k, v = make(1, 100, 1, 1, width)
     q[0, 30] = NAN
     out, lse = raw_forward(q, k, v)
     assert lse[0, 0].isnan().nonzero().flatten().tolist() == [30]
@@ -166,7 +174,8 @@ def test_lse_of_a_nan_is_one():
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_fuzz(seed):
+@WIDTHS
+def test_fuzz(width, seed):
     rng = python_random.Random(seed)
     kv_heads = rng.choice((1, 2, 3))
     heads, batch = kv_heads * rng.choice((1, 2, 4, 5)), rng.randint(1, 4)
@@ -174,7 +183,7 @@ def test_fuzz(seed):
         rng.choice((rng.randint(2, 40), rng.randint(2, 300), rng.randint(300, 900))),
         rng.choice((BF16, F16)),
     )
-    tensors = make(batch, seq, heads, kv_heads, dtype, seed)
+    tensors = make(batch, seq, heads, kv_heads, width, dtype, seed)
     tensors = [laid_out(t, rng.choice(LAYOUTS)) for t in tensors]
     constants = rng.random() < 0.6, rng.choice((None, 0.02, 0.5))
     assert_error_rule(op, sdpa, tensors, constants, factor=2.0, ulps=2.0, floor=2.0)
@@ -194,7 +203,7 @@ def test_who_comes_here_by_default():
     q, k, v = make(2, 200, 4, 2)
     assert used(q, k, v) and used(q, *(t.contiguous() for t in (k, v)), causal=False)
     assert not used(q, k, v, backend="torch") and not used(q.float(), k.float(), v.float())
-    assert not used(*(t[..., :64] for t in (q, k, v)))
+    assert used(*(t[..., :64] for t in (q, k, v))) and not used(*(t[..., :32] for t in (q, k, v)))
     borders = torch.tensor([0, 200, 400], dtype=torch.int32, device="cuda")
     assert not used(*(t.flatten(0, 1) for t in (q, k, v)), borders, 200)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -212,7 +221,7 @@ def test_a_compiled_graph_keeps_torchs():
         all_near(a, b, 4)
 
 
-Q, K, V = (torch.zeros(1, 8, heads, D, dtype=BF16) for heads in (4, 2, 2))
+Q, K, V = (torch.zeros(1, 8, heads, 128, dtype=BF16) for heads in (4, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +229,8 @@ Q, K, V = (torch.zeros(1, 8, heads, D, dtype=BF16) for heads in (4, 2, 2))
     [
         (lambda q, k, v: (q, k[:, :, :, :64], v), r"k must be \(1, 8, 2, 128\)"),
         (lambda q, k, v: (q, k, v[:, :7]), r"v must be \(1, 8, 2, 128\)"),
+        (lambda q, k, v: (q[..., :64], k, v), r"k must be \(1, 8, 2, 64\)"),
+        (lambda q, k, v: tuple(t[..., :32] for t in (q, k, v)), "takes a head_dim of 64 or 128"),
         (lambda q, k, v: (q[:, :, :3], k, v), "heads that are a multiple of kv_heads"),
         (lambda q, k, v: (q.float(), k, v), "takes bfloat16 or float16"),
         (lambda q, k, v: (q, k.half(), v), "k must have its partner's dtype"),

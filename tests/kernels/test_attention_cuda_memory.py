@@ -5,7 +5,7 @@ import torch
 
 from .contract import BF16, ON_HOPPER
 from .rule import LAYOUTS, all_near, gradients_like, laid_out, near, random, run
-from .test_attention_cuda import NAN, NO_ANGLES, D, make, ours, raw, raw_backward, raw_forward, sdpa
+from .test_attention_cuda import NAN, NO_ANGLES, WIDTHS, make, ours, raw, raw_backward, raw_forward, sdpa
 
 pytestmark = list(ON_HOPPER)
 
@@ -19,9 +19,10 @@ def free(gigabytes):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_of_inputs(layout):
+@WIDTHS
+def test_layout_of_inputs(width, layout):
     """CASES 5: what TMA can't load is copied."""
-    tensors = [laid_out(t.contiguous(), layout) for t in make(2, 200, 4, 2)]
+    tensors = [laid_out(t.contiguous(), layout) for t in make(2, 200, 4, 2, width)]
     before = [t.clone() for t in tensors]
     strided = run(ours, tensors)
     dense = run(ours, [t.contiguous() for t in tensors])
@@ -31,10 +32,11 @@ def test_layout_of_inputs(layout):
 
 
 @pytest.mark.parametrize("layout", (*LAYOUTS, "heads first", "one for all heads"))
-def test_layout_of_output_gradients(layout):
+@WIDTHS
+def test_layout_of_output_gradients(width, layout):
     """CASES 3."""
-    tensors = make(2, 200, 4, 2)
-    dout = random((2, 200, 4, D), BF16, "cuda", 9)
+    tensors = make(2, 200, 4, 2, width)
+    dout = random((2, 200, 4, width), BF16, "cuda", 9)
     if layout == "heads first":
         dout = dout.transpose(1, 2).contiguous().transpose(1, 2)
     elif layout == "one for all heads":
@@ -46,8 +48,9 @@ def test_layout_of_output_gradients(layout):
     all_near(torch.autograd.grad(ours(*leaves), leaves, dout), dense, 4, layout)
 
 
-def test_gradient_of_a_sum():
-    tensors = make(2, 200, 4, 2)
+@WIDTHS
+def test_gradient_of_a_sum(width):
+    tensors = make(2, 200, 4, 2, width)
     leaves = [t.detach().requires_grad_() for t in tensors]
     ours(*leaves).sum().backward()
     expected = run(ours, tensors, douts=[torch.ones_like(tensors[0])])[1]
@@ -55,16 +58,17 @@ def test_gradient_of_a_sum():
 
 
 @pytest.mark.parametrize("seq", (1, 63, 128, 193))
-def test_every_element_is_written_and_none_beside(seq):
+@WIDTHS
+def test_every_element_is_written_and_none_beside(width, seq):
     """Gradients in a packed buffer with room around it; freed memory that new tensors may get is NaN."""
-    q, k, v = make(2, seq, 4, 2)
+    q, k, v = make(2, seq, 4, 2, width)
     dout = random(q.shape, BF16, "cuda", 9)
     for _ in range(3):
         for size in (q.numel() // 2, 2 * 4 * seq):
             torch.full((size,), NAN, device="cuda")
         out, lse = raw_forward(q, k, v)
         assert out.isfinite().all() and lse.isfinite().all()
-    wide = torch.full((2, seq + 2, 10, D), NAN, dtype=BF16, device="cuda")
+    wide = torch.full((2, seq + 2, 10, width), NAN, dtype=BF16, device="cuda")
     inner = wide[:, 1:-1, 1:-1]
     grads = inner.split([4, 2, 2], dim=2)
     raw_backward(dout, q, k, v, out, lse, grads=grads)
@@ -73,20 +77,21 @@ def test_every_element_is_written_and_none_beside(seq):
     all_near(grads, raw_backward(dout, q, k, v, out, lse), 4, "", 1.0)
 
 
-def test_gradients_lie_side_by_side():
+@WIDTHS
+def test_gradients_lie_side_by_side(width):
     """As a packed QKV's does, which they are slices of."""
-    leaves = [t.detach().requires_grad_() for t in make(2, 100, 4, 2)]
+    leaves = [t.detach().requires_grad_() for t in make(2, 100, 4, 2, width)]
     dq, dk, dv = torch.autograd.grad(ours(*leaves).float().square().sum(), leaves)
-    assert dq.stride() == dk.stride() == dv.stride() == (100 * 8 * D, 8 * D, D, 1)
-    assert (dk.data_ptr() - dq.data_ptr(), dv.data_ptr() - dk.data_ptr()) == (2 * 4 * D, 2 * 2 * D)
+    assert dq.stride() == dk.stride() == dv.stride() == (100 * 8 * width, 8 * width, width, 1)
+    assert (dk.data_ptr() - dq.data_ptr(), dv.data_ptr() - dk.data_ptr()) == (2 * 4 * width, 2 * 2 * width)
 
 
 def test_offsets_past_32_bits():
     batch, seq, heads = 2100, 256, 32
     free(40)
-    assert batch * seq * heads * D > 2**31
-    qkv = torch.randn(batch, seq, heads + 2, D, dtype=BF16, device="cuda")
-    dout = torch.randn(batch, seq, heads, D, dtype=BF16, device="cuda")
+    assert batch * seq * heads * 128 > 2**31
+    qkv = torch.randn(batch, seq, heads + 2, 128, dtype=BF16, device="cuda")
+    dout = torch.randn(batch, seq, heads, 128, dtype=BF16, device="cuda")
     tensors = qkv.split([heads, 1, 1], dim=2)
     (out,), grads = run(ours, tensors, douts=[dout])
     last = [t[-2:].clone() for t in tensors]
@@ -105,7 +110,7 @@ def test_more_sequences_than_a_grid_takes():
     all_near([out[-9:], *(g[-9:] for g in grads)], [*theirs[0], *theirs[1]], 4, "", 4.0)
 
 
-@pytest.mark.parametrize("shape", ((0, 5, 4, D), (2, 0, 4, D)), ids=str)
+@pytest.mark.parametrize("shape", ((0, 5, 4, 64), (2, 0, 4, 128)), ids=str)
 def test_nothing_to_attend_to(shape):
     tensors = [torch.zeros(shape, dtype=BF16, device="cuda") for _ in range(3)]
     (out,), grads = run(ours, tensors)
@@ -135,8 +140,9 @@ def test_a_second_derivative_raises():
         first.square().sum().backward()
 
 
-def test_all_but_dq_have_the_same_bits_again():
-    tensors, dout = make(4, 1500, 8, 2), random((4, 1500, 8, D), BF16, "cuda", 9)
+@WIDTHS
+def test_all_but_dq_have_the_same_bits_again(width):
+    tensors, dout = make(4, 1500, 8, 2, width), random((4, 1500, 8, width), BF16, "cuda", 9)
     first = raw(tensors, dout)
     for _ in range(5):
         second = raw(tensors, dout)
@@ -144,23 +150,25 @@ def test_all_but_dq_have_the_same_bits_again():
         assert all(torch.equal(a, b) for a, b in zip(second, first[:2] + first[3:]))
 
 
-def test_opcheck():
-    tensors, dout = make(2, 70, 4, 2), random((2, 70, 4, D), BF16, "cuda", 9)
-    torch.library.opcheck(torch.ops.openllama.attention_fwd, (*tensors, D**-0.5, True))
+@WIDTHS
+def test_opcheck(width):
+    tensors, dout = make(2, 70, 4, 2, width), random((2, 70, 4, width), BF16, "cuda", 9)
+    torch.library.opcheck(torch.ops.openllama.attention_fwd, (*tensors, 0.1, True))
     out, lse = raw_forward(*tensors)
     grads = [torch.empty_like(t) for t in tensors]
     torch.library.opcheck(
-        torch.ops.openllama.attention_bwd, (dout, *tensors, out, lse, *grads, D**-0.5, True, *NO_ANGLES)
+        torch.ops.openllama.attention_bwd, (dout, *tensors, out, lse, *grads, 0.1, True, *NO_ANGLES)
     )
 
 
 # ---------------------------------------------------------------- streams, graphs, devices
 
 
-def test_two_streams_at_once():
+@WIDTHS
+def test_two_streams_at_once(width):
     """Each launch counts its tiles by itself."""
     cases = [
-        (make(batch, seq, 8, 2, seed=batch), random((batch, seq, 8, D), BF16, "cuda", 9))
+        (make(batch, seq, 8, 2, width, seed=batch), random((batch, seq, 8, width), BF16, "cuda", 9))
         for batch, seq in ((2, 2048), (5, 700))
     ]
     expected = [raw(*case) for case in cases]
@@ -179,9 +187,10 @@ def test_two_streams_at_once():
         assert all(torch.equal(a, b) for a, b in zip((out, lse, dk, dv), (*whole[:2], *whole[3:])))
 
 
-def test_cuda_graph():
+@WIDTHS
+def test_cuda_graph(width):
     """Replays read what the inputs are by then, and count their tiles anew."""
-    tensors, dout = make(2, 1000, 8, 2), random((2, 1000, 8, D), BF16, "cuda", 9)
+    tensors, dout = make(2, 1000, 8, 2, width), random((2, 1000, 8, width), BF16, "cuda", 9)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -191,7 +200,7 @@ def test_cuda_graph():
     with torch.cuda.graph(graph):
         captured = run(ours, tensors, douts=[dout])
     for seed in (2, 3, 4):
-        for t, value in zip(tensors, make(2, 1000, 8, 2, seed=seed)):
+        for t, value in zip(tensors, make(2, 1000, 8, 2, width, seed=seed)):
             t.copy_(value)
         graph.replay()
         expected = run(ours, tensors, douts=[dout])

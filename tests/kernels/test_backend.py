@@ -121,8 +121,9 @@ BORDERS = torch.tensor([0, 2, 4], dtype=torch.int32)
         (on_hopper(2, 64, 4, 128, dtype=F16), None, ""),
         (on_hopper(1, 1, 1, 128), None, ""),
         (on_hopper(128, 4, 128), BORDERS, "got cu_seqlens, takes dense batches"),
-        (on_hopper(2, 64, 4, 64), None, "got head_dim 64, takes 128"),
-        (on_hopper(2, 64, 4, 256), None, "got head_dim 256, takes 128"),
+        (on_hopper(2, 64, 4, 64), None, ""),
+        (on_hopper(2, 64, 4, 96), None, "got head_dim 96, takes 64 or 128"),
+        (on_hopper(2, 64, 4, 256), None, "got head_dim 256, takes 64 or 128"),
         (on_hopper(2, 64, 4, 128, dtype=F32), None, "no torch.float32 kernel"),
         (on_hopper(2, 64, 4, 128, dtype=torch.float64), None, "no torch.float64 kernel"),
         (on_hopper(1 << 14, 1 << 12, 1 << 5, 128), None, "takes up to 1073741824 rows of all heads"),
@@ -159,11 +160,11 @@ def test_attention_that_must_be_deterministic_or_is_traced_is_torchs(card, monke
 def test_who_can_not_see_shapes_says_for_which(card):
     card((9, 0), 13000)
     cuda, bf16 = torch.device("cuda", 0), torch.bfloat16
-    assert backend.describe("attention", cuda, bf16) == "cuda (dense batches of head_dim 128)"
+    assert backend.describe("attention", cuda, bf16) == "cuda (dense batches of head_dim 64 or 128)"
     assert backend.describe("attention", cuda, F32) == "torch"
     assert info._choice(backend, "attention", cuda, bf16) == (
         "cuda",
-        "cuda: all but dense batches of head_dim 128",
+        "cuda: all but dense batches of head_dim 64 or 128",
     )
     assert info._choice(backend, "attention", cuda, F32) == ("torch", "cuda: no torch.float32 kernel")
     assert info._choice(backend, "swiglu", cuda, bf16) == ("cuda", "")

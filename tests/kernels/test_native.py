@@ -179,7 +179,7 @@ def test_no_product_is_waited_for_at_once(tmp_path):
             products, waits = kernel.count(" HGMMA."), kernel.count(" WARPGROUP.")
             kernels += products > 0
             assert products == 0 or waits < products, kernel.split("\n")[0]
-    assert kernels >= 8
+    assert kernels >= 16  # attention has 8: two passes, widths and dtypes
 
 
 def fat_binary_entries() -> list[tuple[str, str]]:
