@@ -18,7 +18,8 @@ using namespace hopper;
 
 constexpr int kQueries = kAttentionBlock, kKeys = 2 * kRows;
 constexpr int kThreads = 384;
-constexpr int64_t kCache = 32 << 20;  // bytes of L2 for q, dout and the sum of dq
+constexpr int64_t kCache = 16 << 20;  // bytes of L2 for q, dout and the sum of dq
+constexpr int64_t kFewest = 4;        // heads at a time: tiles of one are to start apart
 constexpr int kBoth = 1, kOwn = 2;    // named barriers: of both warpgroups; one for each
 
 // What a head's width asks for. dq is made for as many blocks of queries that each warpgroup has 64 rows of
@@ -543,7 +544,8 @@ cudaError_t launch(const Maps& maps, const AttentionBwd& a, cudaStream_t stream)
   const auto kernel = attention_bwd_kernel<T, P>;
   constexpr int bytes = sizeof(Memory<T, P>);
   static_assert(bytes <= 227 << 10);
-  const int64_t cached = kCache / (a.seq_q * width * (2 * size_of(a.dtype) + int64_t{sizeof(float)}));
+  const int64_t head = a.seq_q * width * (2 * size_of(a.dtype) + int64_t{sizeof(float)});
+  const int64_t cached = std::max(kFewest, kCache / head);
   const Shape s = shape_of(a, a.seq_k, kKeys, a.kv_heads, cached);
   const int tiles = s.tiles * s.batch * s.kv_heads;
   unsigned blocks = 0;
