@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .attention import attend_saving, attention, gradients
-from .rotary import rotary, rotary_pack
+from .rotary import as_int32, rotary, rotary_pack
 
 
 class Kept(NamedTuple):
@@ -80,7 +80,7 @@ def attention_qkv_backward(
         return packed.view(kept.qkv.shape)
     q, k, v = kept.parts
     whole = 2 * cos.shape[1] == q.shape[-1]
-    angles = (cos.contiguous(), sin.contiguous(), positions.to(torch.int32).contiguous()) if whole else None
+    angles = (cos.contiguous(), sin.contiguous(), as_int32(positions).contiguous()) if whole else None
     dqkv = gradients(dout, q, k, v, kept.out, kept.lse, q.shape[-1] ** -0.5, True, angles)
     if not whole:
         turned = q.shape[2] + k.shape[2]

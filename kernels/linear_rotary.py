@@ -15,7 +15,7 @@ import torch
 from . import backend as backends
 from . import checks, library
 from .matmul import linears
-from .rotary import rotary
+from .rotary import as_int32, rotary
 
 _HEAD_DIMS = (64, 128)
 _WIDTH = 128  # half a tile: its columns are those of one weight
@@ -62,7 +62,7 @@ def linear_rotary(
     checks.has_shape("positions", positions, (len(x),), "tokens")
     reason = _why_not(x, weights, cos, sin, head_dim)
     if backends.choose_product("linear_rotary", x, backend, reason) == "cuda":
-        positions = positions.to(torch.int32).contiguous()
+        positions = as_int32(positions).contiguous()
         return torch.ops.openllama.linear_rotary(x, list(weights), cos, sin, positions, head_dim, rotated)
     out = linears(x, weights, tune=tune)
     return rotary(out.view(len(x), heads, head_dim), cos, sin, positions, rotated, inplace=True)

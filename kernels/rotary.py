@@ -68,7 +68,7 @@ def rotary(
     # Dynamo can't trace a view that a Function writes to: the graph copies
     compiling = torch.compiler.is_compiling()
     dense_x = x if dense else x.clone(memory_format=torch.contiguous_format)
-    at, offset = (_as_int32(positions), 0) if isinstance(positions, torch.Tensor) else (None, positions)
+    at, offset = (as_int32(positions), 0) if isinstance(positions, torch.Tensor) else (None, positions)
     turn = (rotated, bool(interleaved), bool(inverse))
     turned = _Rotary.apply(dense_x, cos, sin, at, offset, turn, inplace and not compiling, chosen)
     return x.copy_(turned) if inplace and compiling else turned
@@ -113,7 +113,7 @@ def rotary_pack(
         sin = -sin if inverse else sin
         return torch.cat([*(rotary_reference(t, cos, sin, positions) for t in (q, k)), v], dim=1)
     q, k, v = (t if _is_dense(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
-    positions = _as_int32(positions).contiguous()
+    positions = as_int32(positions).contiguous()
     return library.ops(chosen).rotary_pack(
         q, k, v, cos.contiguous(), sin.contiguous(), positions, bool(inverse)
     )
@@ -190,7 +190,8 @@ def _is_dense(x: torch.Tensor) -> bool:
     return x.stride(2) == 1 and x.stride(1) == x.shape[2]
 
 
-def _as_int32(positions: torch.Tensor) -> torch.Tensor:
+def as_int32(positions: torch.Tensor) -> torch.Tensor:
+    """`positions` as kernels take them; what is out of range stays outside all tables."""
     if positions.dtype == torch.int32:
         return positions
     return positions.clamp(-(2**31), 2**31 - 1).to(torch.int32)  # 2^32 must not become 0

@@ -6,6 +6,7 @@ It is the end of a process's CUDA calls, so each case has a process of its own. 
 
 import pytest
 
+from .contract import on_hopper
 from .test_backend import python
 
 pytestmark = pytest.mark.gpu
@@ -62,3 +63,24 @@ positions = torch.zeros(9, dtype=torch.int64, device="cuda")
 def test_a_position_outside_the_tables(position, inplace):
     call = f"rotary(x, *tables, positions, 2, inplace={inplace}, backend='cuda')"
     assert_stops(ROTARY, call, f"positions[5] = {position}", "rotary: a position lies outside the tables")
+
+
+HOPPER = """
+from openllama.ops import attention_qkv, attention_qkv_backward, linear_rotary, rotary_tables
+x, weights = torch.ones(1024, 64, device="cuda").half(), [torch.ones(256, 64, device="cuda").half()]
+qkv, tables = torch.ones(1, 1024, 4, {width}, device="cuda").half(), rotary_tables({width}, 64, device="cuda")
+out, kept = attention_qkv(qkv, 2, 1)
+positions = torch.zeros(1024, dtype=torch.int64, device="cuda")
+"""
+ON_HOPPER_CALLS = {
+    "attention: a position lies outside rotary's tables": "attention_qkv_backward(out, kept, *tables, positions)",
+    "unspecified launch failure": "linear_rotary(x, weights, *tables, positions, {width}, 1, backend='cuda')",
+}
+
+
+@on_hopper
+@pytest.mark.parametrize("message", ON_HOPPER_CALLS)
+@pytest.mark.parametrize("width, position", ((64, 64), (128, -1), (64, 2**32)))
+def test_a_position_outside_the_tables_of_what_is_fused(message, width, position):
+    call = ON_HOPPER_CALLS[message].format(width=width)
+    assert_stops(HOPPER.format(width=width), call, f"positions[5] = {position}", message)

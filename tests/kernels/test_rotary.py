@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from openllama.kernels.rotary import as_int32
 from openllama.ops import rotary, rotary_tables
 
 from .contract import BF16, F16, F32, F64, Contract
@@ -328,3 +329,8 @@ X, (COS, SIN, POSITIONS, _) = example()
 def test_bad_input_is_named(arguments, options, error, message):
     with pytest.raises(error, match=message):
         rotary(*arguments, **options)
+
+
+def test_a_position_of_64_bits_does_not_become_one_of_32():
+    """The kernels take 32: what lies outside all tables must stay there."""
+    assert as_int32(torch.tensor([3, 2**32, -(2**40)])).tolist() == [3, 2**31 - 1, -(2**31)]
