@@ -19,8 +19,7 @@ from .rotary import as_int32, rotary, rotary_pack
 class Kept(NamedTuple):
     """What backward needs."""
 
-    qkv: torch.Tensor
-    parts: tuple[torch.Tensor, ...]  # of it: q, k and v
+    parts: tuple[torch.Tensor, ...]  # of the packed QKV: q, k and v
     out: torch.Tensor
     lse: torch.Tensor | None  # of our kernels; None: `out` has its graph
 
@@ -49,11 +48,11 @@ def attention_qkv(
     parts = qkv.detach().split([heads, kv_heads, kv_heads], dim=-2)
     saved = attend_saving(*parts, cu_seqlens, max_seqlen)
     if saved is not None:
-        return saved[0], Kept(qkv, parts, *saved)
+        return saved[0], Kept(parts, *saved)
     with torch.enable_grad():
         parts = tuple(t.requires_grad_() for t in parts)
         out = attention(*parts, cu_seqlens, max_seqlen)
-    return out.detach(), Kept(qkv, parts, out, None)
+    return out.detach(), Kept(parts, out, None)
 
 
 @torch.no_grad()
@@ -71,13 +70,13 @@ def attention_qkv_backward(
         qkv's shape, contiguous.
 
     Raises:
-        RuntimeError: a second call with the same `kept`; a position outside the tables, as in `rotary` (our kernels
-        stop).
+        RuntimeError: a second call with the same `kept`, where attention is PyTorch's; a position outside the tables, as
+        in `rotary` (our kernels stop).
     """
     if kept.lse is None:
         grads = torch.autograd.grad(kept.out, kept.parts, dout)
         packed = rotary_pack(*(t.flatten(0, -3) for t in grads), cos, sin, positions, inverse=True)
-        return packed.view(kept.qkv.shape)
+        return packed.view(*dout.shape[:-2], *packed.shape[1:])
     q, k, v = kept.parts
     whole = 2 * cos.shape[1] == q.shape[-1]
     angles = (cos.contiguous(), sin.contiguous(), as_int32(positions).contiguous()) if whole else None

@@ -26,6 +26,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from openllama.kernels import backend, checks
+from openllama.kernels.attention_qkv import Kept
 from openllama.kernels.matmul import give_gradient, linear_weight_gradient, linears, matmul
 from openllama.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from openllama.ops import (
@@ -131,6 +132,7 @@ class Attention:
 
     def __init__(self, heads: Heads, sequences: Sequences, cache: torch.Tensor | None = None):
         self.heads, self.sequences, self.cache = heads, sequences, cache
+        self.kept: Kept | None = None
 
     def forward(self, x: Projection, keep: Recompute | None) -> torch.Tensor:
         (heads, kv_heads, head_dim), s = self.heads, self.sequences
@@ -158,6 +160,8 @@ class Attention:
 
     def backward(self, dout: torch.Tensor, w_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         s, kept = self.sequences, self.kept
+        if kept is None:
+            raise RuntimeError("cache: has no backward; takes a forward under torch.no_grad()")
         dout = matmul(dout, w_out).view(kept.out.shape)
         dqkv = attention_qkv_backward(dout, kept, s.cos, s.sin, s.positions)
         return self._flat(kept.out.detach()), dqkv.view(len(s.positions), -1)

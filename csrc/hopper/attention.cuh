@@ -157,4 +157,22 @@ inline cudaError_t describe_heads(CUtensorMap& map, const Attention& a, const vo
       {dimension(seq, strides.row), dimension(heads, strides.head), dimension(a.batch, strides.batch)}, rows);
 }
 
+// q, k and v, in boxes of so many rows.
+template <class Maps>
+cudaError_t describe_inputs(Maps& maps, const Attention& a, int queries, int keys) {
+  cudaError_t error = describe_heads(maps.q, a, a.q, a.q_strides, a.seq_q, a.heads, queries);
+  if (error == cudaSuccess) error = describe_heads(maps.k, a, a.k, a.k_strides, a.seq_k, a.kv_heads, keys);
+  if (error == cudaSuccess) error = describe_heads(maps.v, a, a.v, a.v_strides, a.seq_k, a.kv_heads, keys);
+  return error;
+}
+
+// Calls body(T{}, width), both known when it is compiled.
+template <class F>
+cudaError_t with_kind(const Attention& a, const F& body) {
+  return with_half(a.dtype, [&](auto t) {
+    return a.head_dim == 64 ? body(t, std::integral_constant<int, 64>{})
+                            : body(t, std::integral_constant<int, 128>{});
+  });
+}
+
 }  // namespace openllama::cuda::hopper

@@ -417,16 +417,11 @@ cudaError_t launch(const Maps& maps, const AttentionBwd& a, cudaStream_t stream)
 
 cudaError_t attention_bwd(const AttentionBwd& a, cudaStream_t stream) {
   Maps maps{};
-  for (const cudaError_t error :
-       {describe_heads(maps.q, a, a.q, a.q_strides, a.seq_q, a.heads, kQueries),
-        describe_heads(maps.k, a, a.k, a.k_strides, a.seq_k, a.kv_heads, kKeys),
-        describe_heads(maps.v, a, a.v, a.v_strides, a.seq_k, a.kv_heads, kKeys),
-        describe_heads(maps.dout, a, a.dout, a.dout_strides, a.seq_q, a.heads, kQueries)})
-    if (error != cudaSuccess) return error;
-  return with_half(a.dtype, [&](auto t) {
-    using T = decltype(t);
-    return a.head_dim == 64 ? launch<T, 64>(maps, a, stream) : launch<T, 128>(maps, a, stream);
-  });
+  cudaError_t error = describe_inputs(maps, a, kQueries, kKeys);
+  if (error == cudaSuccess)
+    error = describe_heads(maps.dout, a, a.dout, a.dout_strides, a.seq_q, a.heads, kQueries);
+  if (error != cudaSuccess) return error;
+  return with_kind(a, [&](auto t, auto width) { return launch<decltype(t), width>(maps, a, stream); });
 }
 
 }  // namespace openllama::cuda

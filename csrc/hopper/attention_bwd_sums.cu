@@ -117,28 +117,16 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_end_kernel(const At
   }
 }
 
-// ---------------------------------------------------------------- launchers
-
-// Calls body(T{}, width).
-template <class F>
-cudaError_t with_kind(const AttentionBwd& a, const F& body) {
-  with_half(a.dtype, [&](auto t) {
-    if (a.head_dim == 64)
-      body(t, std::integral_constant<int, 64>{});
-    else
-      body(t, std::integral_constant<int, 128>{});
-    return cudaSuccess;
-  });
-  return cudaGetLastError();
-}
-
 }  // namespace
+
+// ---------------------------------------------------------------- launchers
 
 cudaError_t hopper::attention_bwd_begin(const AttentionBwd& a, cudaStream_t stream) {
   const int blocks = static_cast<int>(attention_blocks(a.seq_q, a.head_dim));
   const auto all = static_cast<unsigned>(a.batch * a.heads * blocks);
   return with_kind(a, [&](auto t, auto width) {
     attention_bwd_begin_kernel<decltype(t), width><<<all, kThreads, 0, stream>>>(a, blocks);
+    return cudaGetLastError();
   });
 }
 
@@ -149,6 +137,7 @@ cudaError_t hopper::attention_bwd_end(const AttentionBwd& a, cudaStream_t stream
                  static_cast<unsigned>(ceil_div(a.heads, kHeadsTogether)));
   return with_kind(a, [&](auto t, auto width) {
     attention_bwd_end_kernel<decltype(t), width><<<all, kThreads, 0, stream>>>(a, groups);
+    return cudaGetLastError();
   });
 }
 

@@ -429,17 +429,15 @@ __global__ void __launch_bounds__(P::threads, 1)
 template <class T, class P>
 cudaError_t launch(const AttentionFwd& a, cudaStream_t stream) {
   Maps maps{};
-  for (const cudaError_t error : {describe_heads(maps.q, a, a.q, a.q_strides, a.seq_q, a.heads, P::queries),
-                                  describe_heads(maps.k, a, a.k, a.k_strides, a.seq_k, a.kv_heads, kKeys),
-                                  describe_heads(maps.v, a, a.v, a.v_strides, a.seq_k, a.kv_heads, kKeys)})
-    if (error != cudaSuccess) return error;
+  cudaError_t error = describe_inputs(maps, a, P::queries, kKeys);
+  if (error != cudaSuccess) return error;
   const auto kernel = attention_fwd_kernel<T, P>;
   const int bytes = sizeof(Memory<T, P>);
   const int64_t cached_kv = std::max<int64_t>(1, kCache / (2 * a.seq_k * a.head_dim * size_of(a.dtype)));
   const Shape s = shape_of(a, a.seq_q, P::queries, a.heads, cached_kv * (a.heads / a.kv_heads));
   const int tiles = s.tiles * s.batch * s.heads;
   unsigned blocks = 0;
-  cudaError_t error = prepare(kernel, bytes, 1, tiles, blocks);
+  error = prepare(kernel, bytes, 1, tiles, blocks);
   if (error == cudaSuccess) error = cudaMemsetAsync(a.next_tile, 0, sizeof(*a.next_tile), stream);
   if (error != cudaSuccess) return error;
   kernel<<<blocks, P::threads, bytes, stream>>>(maps, static_cast<T*>(a.out), a.lse, a.next_tile, s, tiles);
@@ -449,10 +447,7 @@ cudaError_t launch(const AttentionFwd& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t attention_fwd(const AttentionFwd& a, cudaStream_t stream) {
-  return with_half(a.dtype, [&](auto t) {
-    using T = decltype(t);
-    return a.head_dim == 64 ? launch<T, Plan<64>>(a, stream) : launch<T, Plan<128>>(a, stream);
-  });
+  return with_kind(a, [&](auto t, auto width) { return launch<decltype(t), Plan<width>>(a, stream); });
 }
 
 }  // namespace openllama::cuda

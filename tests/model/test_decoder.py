@@ -177,3 +177,12 @@ def test_errors_name_the_argument():
         model.hidden_states(ids, one, torch.tensor([0, 2], dtype=torch.int32), 2, model.new_cache(3, 8))
     with pytest.raises(ValueError, match=r"positions .*: got None, takes .* positions with a cache"):
         model.hidden_states(ids, cache=model.new_cache(2, 8))
+
+
+def test_a_backward_through_a_cache_is_refused():
+    model = make()
+    hidden = model.hidden_states(
+        torch.tensor([1, 2]), torch.zeros(2, dtype=torch.int32), cache=model.new_cache(2, 8)
+    )
+    with pytest.raises(RuntimeError, match="cache: has no backward; takes a forward under"):
+        hidden.sum().backward()
